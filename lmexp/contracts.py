@@ -1,0 +1,104 @@
+"""The shared types: what corpora, tokenizers, objectives, models and schedules promise one another.
+
+This module imports nothing of lmexp and is imported by everything else; read it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that is not scored."""
+
+Split = Literal["train", "validation", "test"]
+
+
+class UserError(ValueError):
+    """A mistake of the user's: its text names the thing, what was expected and the fix. `run.py` exits with 2."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint was saved. `run.py` exits with 75."""
+
+
+class Corpus(Protocol):
+    """A provider of raw text (`lmexp/corpus`, no torch): splits of documents."""
+
+    streaming: bool
+    """True: `rows` gives an endless or huge iterable that is tokenized on the fly, not cached."""
+
+    def fingerprint(self) -> str:
+        """A hash of the content (not of the path): equal text gives an equal fingerprint."""
+        ...
+
+    def rows(self, split: Split) -> Any:
+        """The split as a `datasets.Dataset` (or `IterableDataset` when streaming) with a string column `text`,
+        a document a row. Raises `UserError` if the source is missing, empty or unreadable."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or evaluation example as it leaves the packed token stream."""
+
+    tokens: np.ndarray
+    """(length,) int64: `block_size + 1` token ids in training (inputs and, shifted by one, labels); fewer at the
+    end of an evaluation split; none at all where a device has no work left."""
+
+    n_bytes: np.ndarray
+    """(length,) float32: UTF-8 bytes of text that each token stands for; 0 for special tokens."""
+
+    index: int
+    """The global sample index: with the seed, all that the content and the noise of a sample depend on."""
+
+    documents: np.ndarray | None = None
+    """(length,) int64, which document of the block each token belongs to, counted from 0; the token that ends a
+    document is its first, because it is what the next one is predicted from. None: no document mask."""
+
+
+class Batch(TypedDict):
+    """What a collate returns and a task consumes."""
+
+    inputs: dict[str, Tensor]
+    """Keyword arguments of the model's `forward`: `tokens` (B, T) int64, and with document masks `documents`
+    (B, T) int64 and `positions` (B, T) int64."""
+
+    labels: Tensor
+    """(B, T) int64; `IGNORE_INDEX` where nothing is scored."""
+
+    n_bytes: Tensor
+    """(B,) float32: UTF-8 bytes of the scored tokens of each sequence, for bits per byte."""
+
+
+class Objective(Protocol):
+    """How samples become inputs and labels (`lmexp/objective`)."""
+
+    def sample_length(self, block_size: int) -> int:
+        """How many consecutive tokens of the stream a sample of `block_size` inputs needs."""
+        ...
+
+    def collate(self, samples: Sequence[Sample], block_size: int) -> Batch:
+        """Stack samples to a batch; shorter ones are padded at the right and not scored."""
+        ...
+
+
+class Schedule(Protocol):
+    """A learning-rate multiplier as a pure function of the step (`lmexp/schedule`)."""
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        """The factor on the base rate for optimizer step `step`, counted from 0, of `max_steps`; in [0, 1]."""
+        ...
+
+
+class TokenSource(Protocol):
+    """An order of samples: a pure function of (seed, global sample index)."""
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...
