@@ -1,0 +1,156 @@
+"""Checkpoint files: written whole or not at all, verified when read, free of pickled objects of ours.
+
+A checkpoint is what `torch.save` writes (a zip file, a CRC-32 for each record) of plain containers and tensors.
+Every file is named by its step; `last.ckpt` and `best.ckpt` are symbolic links to two of them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmexp.contracts import UserError
+from lmexp.run.directory import disk_errors
+
+FORMAT = 1
+"""Version of the `lmexp` entry of a checkpoint."""
+
+_STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
+
+
+def step_file(step: int) -> str:
+    """The file name of the checkpoint taken after `step` optimizer steps."""
+    return f"step-{step:09d}.ckpt"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints that stand in a directory, ascending; nothing is read."""
+    found = (_STEP_FILE.fullmatch(p.name) for p in directory.glob("step-*.ckpt"))
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its place, bring it to the disk, then move it there in one step.
+
+    Raises `UserError` for a full disk or a missing permission; then the file that stood at `path` is untouched
+    and no partial file is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path, "Saving a checkpoint"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # through a file of our own: the C++ writer that a path would use reports a full disk as RuntimeError
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):  # torch wraps what the file raised
+                cause = cause.__cause__ or cause.__context__
+            if cause is not None and cause is not error:
+                raise cause from None
+            raise
+
+
+def link(name: Path, target: str) -> None:
+    """Point the symbolic link `name` to the sibling file `target`, replacing an older link in one step."""
+    with disk_errors(name, "Linking a checkpoint"):
+        temporary = name.with_name(f".{name.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, name)
+
+
+def load(path: Path | str, map_location: str = "cpu") -> dict[str, Any]:
+    """Read and verify a checkpoint of a run.
+
+    Raises `UserError` if the file is missing, truncated or altered (a record's CRC-32 differs), no checkpoint at
+    all, holds pickled objects other than tensors and plain containers, or was not written by lmexp.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"Checkpoint {path} does not exist. Give ckpt= a run's directory or a file in its checkpoints/.")
+    start = path.open("rb").read(4)
+    if start != b"PK\x03\x04":
+        raise UserError(f"{path} is not a checkpoint: it does not begin as the zip file that torch.save writes.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except zipfile.BadZipFile:
+        broken = "its directory"
+    if broken is not None:
+        raise UserError(
+            f"Checkpoint {path} is damaged: {broken} cannot be read (the file was cut off or altered). "
+            "Use another one of the same run's checkpoints/."
+        )
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"Checkpoint {path} holds a pickled object ({_refused_object(error)}), which could run code when it is "
+            "loaded; only tensors and plain containers are read. Save its weights alone and use that file."
+        ) from None
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint that torch.load can read ({error}).") from None
+    if not isinstance(checkpoint, dict) or "lmexp" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(
+            f"{path} is a torch file, but not a checkpoint of lmexp (no entries 'state_dict' and 'lmexp'). "
+            "Give ckpt= a run's directory or a file in its checkpoints/."
+        )
+    if checkpoint["lmexp"]["format"] > FORMAT:
+        raise UserError(f"Checkpoint {path} was written by a newer lmexp; this one reads format {FORMAT} at most.")
+    return checkpoint
+
+
+def _refused_object(error: Exception) -> str:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"(?:class|function) ([\w.]+)", str(error))
+    return named.group(1) if named else "of a kind that is not allowed"
+
+
+def resolve(ckpt: str, prefer: str = "best.ckpt") -> Path:
+    """The checkpoint file that `ckpt=` means: a file, or a run's directory, whose best (else last) one is meant."""
+    path = Path(ckpt)
+    if path.is_dir():
+        for candidate in (path / "checkpoints" / prefer, path / "checkpoints" / "last.ckpt"):
+            if candidate.exists():
+                return candidate
+        raise UserError(f"ckpt={ckpt} is a directory without checkpoints/last.ckpt; expected a run's directory.")
+    if not path.exists():
+        raise UserError(f"ckpt={ckpt} does not exist; expected a run's directory or a checkpoint file.")
+    return path
+
+
+def last_valid(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a directory that can be read, with its content; None if there is none.
+
+    A damaged one is passed over and `say` is told; unfinished temporary files are removed.
+    """
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    for step in reversed(saved_steps(directory)):
+        path = directory / step_file(step)
+        try:
+            return path, load(path)
+        except UserError as error:
+            say(f"{error}\nFalling back to the checkpoint before it.")
+    return None
+
+
+def _sync_directory(directory: Path) -> None:
+    """Bring a rename to the disk, so that it survives a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,59 @@
+"""TensorBoard event files: taking back what was logged after the step a run goes on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmexp.run.directory import disk_errors
+
+SESSION_END = "_hparams_/session_end_info"
+"""Tag of the record that closes a run in HPARAMS; a run that goes on is not closed."""
+
+
+def read(path: Path) -> Iterator[tuple[bytes, object]]:
+    """Records of an event file as (bytes, `Event`), up to the first that is cut off."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    # a process that was killed leaves its last record cut off; the loader ends there
+    for record in RawEventFileLoader(str(path)).Load():
+        yield record, Event.FromString(record)
+
+
+def keep_until(directory: Path, step: int) -> None:
+    """Make the event files of a directory hold only what belongs to the first `step` optimizer steps.
+
+    All files become one, written before the others are removed. `step` < 0 removes everything. Without this, the
+    steps between the last checkpoint and the moment a run was killed would stand in TensorBoard twice.
+    """
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    files = sorted(directory.glob("events.out.tfevents.*"))
+    if not files:
+        return
+    # the merged file takes the oldest name, which readers sort first
+    merged = directory / f".{files[0].name}.tmp"
+    with disk_errors(directory, "Rewriting TensorBoard's event files"):
+        with open(merged, "wb") as file:
+            writer = RecordWriter(file)
+            for number, path in enumerate(files):
+                for record, event in read(path):
+                    first_of_others = event.HasField("file_version") and number > 0  # type: ignore[attr-defined]
+                    if not first_of_others and _belongs(event, step):
+                        writer.write(record)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(merged, files[0])
+        for path in files[1:]:
+            path.unlink()
+        if step < 0:
+            files[0].unlink()
+
+
+def _belongs(event: object, step: int) -> bool:
+    if event.HasField("file_version"):  # type: ignore[attr-defined]
+        return True
+    tags = [value.tag for value in event.summary.value]  # type: ignore[attr-defined]
+    return event.step <= step and SESSION_END not in tags  # type: ignore[attr-defined]
