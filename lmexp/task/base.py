@@ -1,0 +1,158 @@
+"""The training step that all tasks share: exact over micro-batches and devices, cheap to log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, UserError
+
+OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a window of training steps measured, read from the device at once."""
+
+    steps: list[int]
+    """The steps, counted from 0, that follow."""
+
+    loss: list[float]
+    """Nats a scored token in each step's global batch."""
+
+    grad_norm: list[float]
+    """Norm of each step's mean gradient, before clipping."""
+
+
+class BaseTask(LightningModule):
+    """One Lightning batch is one optimizer step on the whole local batch, split here into micro-batches.
+
+    A subclass says what the loss of a micro-batch is (`loss_sum`) and how to validate. The gradient is that of
+    sum(loss) / count over the global batch: counts are added over micro-batches and devices before the division,
+    so the numbers do not depend on how the batch is split. Steps run without reading from the device; what they
+    measure stands in a ring of `log_every` entries until `read_window`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerBuilder,
+        schedule: Schedule,
+        max_steps: int,
+        clip_norm: float | None,
+        micro_batch_size: int | None,
+        log_every: int,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if clip_norm is not None and clip_norm <= 0:
+            raise UserError(f"task.clip_norm={clip_norm}; expected a positive norm, or null for no clipping.")
+        self.automatic_optimization = False
+        self.model = model
+        self.build_optimizer = optimizer
+        self.schedule = schedule
+        self.max_steps = max_steps
+        self.clip_norm = clip_norm
+        self.micro_batch_size = micro_batch_size
+        self.log_every = log_every
+        self._window_start = 0
+        self._ring: Tensor | None = None
+        if compile:
+            # in place: a wrapper would prefix every key of the state dict with _orig_mod
+            self.model.compile()
+            self.model.head.compile()  # type: ignore[operator, union-attr]
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Summed loss () of a micro-batch over its scored positions."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.build_optimizer(self.model)
+
+    def on_fit_start(self) -> None:
+        self._window_start = self.trainer.global_step
+        self._ring = torch.zeros(self.log_every, 3, device=self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step: backward over the micro-batches, mean gradient, clip, update."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        step = self.trainer.global_step
+        factor = self.schedule(step, self.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+        count = (batch["labels"] != IGNORE_INDEX).sum()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(count)
+        micro_batches = list(split_batch(batch, self.micro_batch_size))
+        total = torch.zeros((), device=self.device)
+        for number, micro in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with nullcontext() if last else self._no_sync():
+                loss = self.loss_sum(micro)
+                self.manual_backward(loss)
+            total += loss.detach()
+
+        norm = self._mean_and_clip(count)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert self._ring is not None
+        self._ring[step % self.log_every] = torch.stack((total, count.to(total.dtype), norm.to(total.dtype)))
+
+    def _no_sync(self) -> Any:
+        """Gradients of all but the last micro-batch stay on their device."""
+        model = self.trainer.model
+        return model.no_sync() if hasattr(model, "no_sync") else nullcontext()  # type: ignore[union-attr, operator]
+
+    @torch.no_grad()
+    def _mean_and_clip(self, count: Tensor) -> Tensor:
+        """Turn summed gradients into the mean over `count` tokens, clip it; returns the norm () before clipping.
+
+        Data-parallel backends average over devices, which the factor world_size takes back.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        scale = self.trainer.world_size / count
+        norm = nn.utils.get_total_norm(gradients, foreach=True) * scale
+        if self.clip_norm is not None:
+            scale = scale * torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale)
+        return norm
+
+    def read_window(self, step: int) -> StepRecord:
+        """Read what was measured since the last call up to before `step`: the one host read of the window.
+
+        Collective: every device must call it at the same step. The window is at most `log_every` steps long.
+        """
+        assert self._ring is not None
+        steps = list(range(self._window_start, step))
+        assert len(steps) <= self.log_every, "the ring was overwritten before it was read"
+        self._window_start = step
+        values = self._ring.clone()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(values[:, 0])  # counts and norms are equal on all devices already
+        rows = values.double().cpu()[[s % self.log_every for s in steps]]
+        loss = (rows[:, 0] / rows[:, 1]).tolist()
+        return StepRecord(steps, loss, rows[:, 2].tolist())
+
+
+def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """Cut a batch into micro-batches of at most `size` sequences; None: one."""
+    n = batch["labels"].shape[0]
+    if size is None or size >= n:
+        yield batch
+        return
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        yield {
+            "inputs": {name: value[rows] for name, value in batch["inputs"].items()},
+            "labels": batch["labels"][rows],
+            "n_bytes": batch["n_bytes"][rows],
+        }
