@@ -1,0 +1,322 @@
+"""What the model families share: norms, rotary positions, attention, the key-value cache and the head with its loss.
+
+Shapes: B sequences, T positions, S positions with the cached ones, H heads, K key-value heads, E numbers a head,
+D model width, V vocabulary, N positions of all sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmexp.contracts import IGNORE_INDEX, UserError
+
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+"""Device type -> the most logits (positions x vocabulary) that the loss holds at once. A CPU's chunk (16 MiB of
+float32) stays near its caches; a GPU's (1 GiB) is large enough to fill it."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), times a learned weight (D,) if `learned` (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, d_model: int, eps: float, learned: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model)) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class FusedLinear(nn.Linear):
+    """Several projections of one input in one matrix product.
+
+    `parts` are the rows of the weight that each of them owns; an optimizer that treats matrices as wholes (Muon)
+    reads it to take them apart.
+    """
+
+    def __init__(self, d_in: int, parts: tuple[int, ...], bias: bool = False) -> None:
+        super().__init__(d_in, sum(parts), bias=bias)
+        self.parts = parts
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021, section 3.2.2), pairing number i of a head with i + E/2.
+
+    The tables are computed once, in float32, and are no part of the state dict.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, d_head: int, max_length: int, theta: float) -> None:
+        super().__init__()
+        if d_head % 2:
+            raise UserError(
+                f"head width {d_head} is odd; rotary positions need an even one: change d_model or n_heads."
+            )
+        frequency = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
+        angle = torch.outer(torch.arange(max_length, dtype=torch.float64), frequency)  # (max_length, E/2)
+        # the sign of the rotated half stands in the table, so that a rotation is a roll, two products and a sum
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1).float(), persistent=False)
+
+    def tables(self, start: int, length: int, positions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, each (T, 1, E), or (B, T, 1, E) where `positions` (B, T) are given."""
+        rows = slice(start, start + length) if positions is None else positions
+        return self.cos[rows].to(dtype).unsqueeze(-2), self.sin[rows].to(dtype).unsqueeze(-2)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of numbers of x (B, T, ..., E) by its position's angle."""
+    cos, sin = tables
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for generation; made by a model's `new_cache`."""
+
+    def __init__(
+        self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
+    ) -> None:
+        """Room for `length` positions of `batch` sequences."""
+        shape = (n_layers, batch, n_heads, length, d_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.documents: Tensor | None = None
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, E) keys and values of new positions; returns all of the layer's, (B, K, S, E)."""
+        end = self.length + keys.shape[2]
+        assert end <= self.keys.shape[3], "the cache is full"
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Visible(NamedTuple):
+    """What attention may see: a boolean mask (B or 1, 1, T, S), True where it may; None with `causal`: all before."""
+
+    mask: Tensor | None
+    causal: bool
+
+
+def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None) -> Visible:
+    """Each position sees itself and those before it, with `documents` (B, T) only those of its own document.
+
+    With a cache the new positions stand at the right of the cached ones, whose documents it remembers.
+    """
+    length = tokens.shape[1]
+    start = 0 if cache is None else cache.length
+    keys = documents
+    if cache is not None and documents is not None:
+        assert start == 0 or cache.documents is not None, "the cached positions were given no documents"
+        keys = documents if cache.documents is None else torch.cat((cache.documents, documents), 1)
+        cache.documents = keys
+    if documents is None and (start == 0 or length == 1):
+        return Visible(None, causal=length > 1)
+    ones = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device)
+    mask = ones.tril(start)[None, None]
+    if documents is not None:
+        assert keys is not None
+        mask = mask & (documents[:, None, :, None] == keys[:, None, None, :])
+    return Visible(mask, causal=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+    """softmax(q k^T * scale) v (Vaswani et al. 2017, eq. 1), scale 1/sqrt(E) if None.
+
+    q (B, H, T, E), k and v (B, K, S, E) with K a divisor of H (grouped queries); returns (B, T, H * E).
+    """
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=seen.mask,
+        dropout_p=dropout,
+        is_causal=seen.causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+class Head(nn.Module):
+    """From hidden states to logits over the vocabulary, and the cross entropy that never holds all of them."""
+
+    def __init__(
+        self,
+        d_model: int,
+        vocab_size: int,
+        tied: nn.Embedding | None = None,
+        bias: bool = False,
+        softcap: float | None = None,
+    ) -> None:
+        """`tied`: share this embedding's weight (V, D). `softcap` c: logits become c * tanh(logits / c)."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied.weight
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.softcap = softcap
+        self._chunk = _chunk_loss
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile in place, the loss of a chunk too."""
+        super().compile(*args, **kwargs)
+        self._chunk = torch.compile(_chunk_loss, *args, **kwargs)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V), at least float32, of hidden states (..., D)."""
+        logits = _at_least_float32(F.linear(hidden, self.weight, self.bias))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        n_chunks: int | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
+        """-log softmax(logits)[label] over the positions whose label is not `IGNORE_INDEX`.
+
+        hidden (N, D), labels (N,) int64. Returns the sum () or, without gradients only, each position's loss (N,),
+        0 where it is not scored; both at least float32. `n_chunks`: how many pieces the positions are cut into;
+        None: as many as `CHUNK_ELEMENTS` asks for. With one piece this is plain autograd; with more, the gradients
+        are made along with the loss, piece by piece (as in fused linear cross entropy, Hsu et al. 2024, Liger
+        kernel, section 3.2), so that the memory stays that of one piece.
+        """
+        n, device = labels.shape[0], hidden.device.type
+        if n_chunks is None:
+            limit = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"])
+            n_chunks = max(1, math.ceil(n * self.weight.shape[0] / limit))
+        with_grad = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
+        assert reduction == "sum" or not with_grad, "losses of single positions have no gradients"
+        if n_chunks == 1 and with_grad:
+            return F.cross_entropy(self(hidden), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if with_grad:
+            loss = _ChunkedLoss.apply(
+                hidden, self.weight, self.bias, labels, self.softcap, n_chunks, dtype, self._chunk
+            )
+            assert isinstance(loss, Tensor)
+            return loss
+        hidden, weight = (t if dtype is None else t.to(dtype) for t in (hidden, self.weight))
+        bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            pieces = [
+                self._chunk(h, weight, bias, y, self.softcap, False)[0]
+                for h, y in zip(hidden.chunk(n_chunks), labels.chunk(n_chunks), strict=True)
+            ]
+        losses = torch.cat(pieces)
+        return losses.sum() if reduction == "sum" else losses
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _chunk_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (n,) of a piece of n positions and, if asked for, d(sum of losses) / d(logits) (n, V)."""
+    logits = _at_least_float32(F.linear(hidden, weight, bias))
+    if softcap is not None:
+        capped = torch.tanh(logits / softcap)
+        logits = softcap * capped
+    log_sum = logits.logsumexp(-1)
+    scored = labels != IGNORE_INDEX
+    index = labels.clamp_min(0)[:, None]
+    losses = torch.where(scored, log_sum - logits.gather(-1, index)[:, 0], 0.0)
+    if not with_grad:
+        return losses, None
+    gradient = (logits - log_sum[:, None]).exp()
+    gradient = gradient.scatter_add(-1, index, gradient.new_full(index.shape, -1.0)) * scored[:, None]
+    if softcap is not None:
+        gradient = gradient * (1 - capped * capped)
+    return losses, gradient.to(hidden.dtype)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of cross entropies whose gradients are computed in the forward pass, a piece at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        n_chunks: int,
+        dtype: torch.dtype | None,
+        chunk: Any,
+    ) -> Tensor:
+        h, w, b = (t if t is None or dtype is None else t.to(dtype) for t in (hidden, weight, bias))
+        assert h is not None
+        assert w is not None
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, y, d_rows in zip(
+                h.chunk(n_chunks), labels.chunk(n_chunks), d_hidden.chunk(n_chunks), strict=True
+            ):
+                losses, d_logits = chunk(rows, w, b, y, softcap, True)
+                total = total + losses.sum()
+                d_rows.copy_(d_logits @ w)
+                if d_weight.dtype == d_logits.dtype:
+                    d_weight.addmm_(d_logits.mT, rows)
+                else:
+                    d_weight += d_logits.mT @ rows  # summed in the weight's own precision
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # the gradients are scaled, not looked at: a test for 1 would make the host wait for the device
+        scaled = tuple(None if g is None else g * d_loss[0].to(g.dtype) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None)
+
+
+def check_heads(name: str, d_model: int, n_heads: int) -> None:
+    """Raise `UserError` unless the width divides into the heads."""
+    if d_model % n_heads:
+        raise UserError(f"{name}.d_model={d_model} is no multiple of n_heads={n_heads}; change one of them.")
+
+
+def check_positive(name: str, **values: float) -> None:
+    """Raise `UserError` for the first value that is not positive."""
+    for key, value in values.items():
+        if value <= 0:
+            raise UserError(f"{name}.{key}={value}; expected a positive number.")
+
+
+def check_fraction(name: str, **values: float) -> None:
+    """Raise `UserError` for the first value outside [0, 1)."""
+    for key, value in values.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name}.{key}={value}; expected a number of at least 0 and less than 1.")
+
+
+def round_up(vocab_size: int, multiple: int) -> int:
+    """The smallest multiple that is at least `vocab_size`."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def training_flops(model: nn.Module, lookups: int, d_attention: int, n_layers: int, length: int) -> float:
+    """FLOPs a token of a training step: 6 (P - lookups) + 12 n_layers * length * d_attention.
+
+    P counts each parameter once, `lookups` those that are only looked up, not multiplied (PaLM, Chowdhery et al.
+    2022, appendix B; attention is counted over the whole length, though half of it is masked).
+    """
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return 6.0 * (n_parameters - lookups) + 12.0 * n_layers * length * d_attention

@@ -1,0 +1,65 @@
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2): torch's, with weight decay on matrices only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lmexp.optimizer.groups import (
+    check_betas,
+    check_fused,
+    check_rates,
+    resolve_fused,
+    set_initial_rates,
+    split_parameters,
+)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Builds torch's AdamW over a model's parameters."""
+
+    lr: float
+    """Learning rate of all parameters, before the schedule."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Rates of the averages of the gradient and of its square; each in [0, 1)."""
+
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+    weight_decay: float = 0.1
+    """Each step shrinks matrices and embeddings by lr * weight_decay; vectors are not decayed."""
+
+    fused: bool | str = "auto"
+    """One kernel for all parameters: true, false, or auto, where the device can."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        check_rates(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        check_betas(self.betas)
+        check_fused(self.fused)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer, with the groups `embedding`, `head`, `matrices`, `vectors` as far as the model has them."""
+        split = split_parameters(model)
+        members = {
+            "embedding": split.embedding,
+            "head": split.head,
+            "matrices": [m.weight for m in split.matrices],
+            "vectors": split.vectors,
+        }
+        groups = [
+            {"name": name, "params": parameters, "weight_decay": 0.0 if name == "vectors" else self.weight_decay}
+            for name, parameters in members.items()
+            if parameters
+        ]
+        everything: list[torch.Tensor] = [p for parameters in members.values() for p in parameters]
+        fused = resolve_fused(self.fused, everything)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
+        )
+        set_initial_rates(optimizer)
+        return optimizer

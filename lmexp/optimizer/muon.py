@@ -1,0 +1,250 @@
+"""Muon (Jordan et al. 2024) on hidden matrices and AdamW on the rest, as one optimizer.
+
+The update of a matrix is its momentum M = U S V^T with the singular values set to one, U V^T: the steepest descent
+under the spectral norm (Bernstein & Newhouse 2024). It is approximated by a few odd polynomials of M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from lmexp.contracts import UserError
+from lmexp.optimizer.groups import (
+    Matrix,
+    check_betas,
+    check_fused,
+    check_rates,
+    resolve_fused,
+    set_initial_rates,
+    split_parameters,
+)
+
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+"""(a, b, c) of the polynomials a x + b x^3 + c x^5, to be applied in this order, that bring singular values from
+[0.001, 1] to 1 the fastest (Amsel et al. 2025, "The Polar Express", algorithm 1); the last may be repeated."""
+
+SAFETY = 1.01
+"""Singular values are kept this much below the end of the interval, and each polynomial is stretched by it, for
+rounding errors (section 4.4 there)."""
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Builds `MuonAdamW` over a model's parameters."""
+
+    lr: float
+    """Learning rate of the hidden matrices, before the schedule."""
+
+    embedding_lr: float
+    """AdamW's learning rate for embeddings, tied heads among them."""
+
+    head_lr: float
+    """AdamW's learning rate for an untied head."""
+
+    vector_lr: float
+    """AdamW's learning rate for norm weights, biases and gates."""
+
+    momentum: float = 0.95
+    """Rate of the average of a matrix's gradients; in [0, 1)."""
+
+    nesterov: bool = True
+    """Look one step ahead: the update is made of momentum * average + (1 - momentum) * gradient."""
+
+    steps: int = 5
+    """Polynomials applied to orthogonalise, 1 to 7."""
+
+    scale: str = "spectral"
+    """Size of a (rows, columns) update: spectral, sqrt(max(1, rows / columns)); or rms, 0.2 * sqrt(max(rows,
+    columns)), the size of AdamW's (Liu et al. 2025, section 2.2), so that AdamW's rates can be kept."""
+
+    weight_decay: float = 0.0
+    """Each step shrinks hidden matrices by lr * weight_decay; nothing else is decayed."""
+
+    betas: tuple[float, float] = (0.8, 0.95)
+    """AdamW's rates of the averages of the gradient and of its square; each in [0, 1)."""
+
+    eps: float = 1e-10
+    """Added to AdamW's denominator."""
+
+    fused: bool | str = "auto"
+    """AdamW as one kernel for all parameters: true, false, or auto, where the device can."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        check_rates(
+            lr=self.lr,
+            embedding_lr=self.embedding_lr,
+            head_lr=self.head_lr,
+            vector_lr=self.vector_lr,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+        check_betas(self.betas)
+        check_fused(self.fused)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer.momentum={self.momentum}; expected a number of at least 0 and less than 1.")
+        if not 1 <= self.steps <= len(POLAR_EXPRESS):
+            raise UserError(f"optimizer.steps={self.steps}; expected 1 to {len(POLAR_EXPRESS)}; 5 is usual.")
+        if self.scale not in ("spectral", "rms"):
+            raise UserError(f"optimizer.scale={self.scale}; expected spectral or rms.")
+
+    def build(self, model: nn.Module) -> MuonAdamW:
+        """The optimizer, with the groups `matrices`, `embedding`, `head`, `vectors` as far as the model has them."""
+        split = split_parameters(model)
+        rest = {
+            "embedding": (split.embedding, self.embedding_lr),
+            "head": (split.head, self.head_lr),
+            "vectors": (split.vectors, self.vector_lr),
+        }
+        adam_parameters: list[Tensor] = [p for parameters, _ in rest.values() for p in parameters]
+        fused = resolve_fused(self.fused, adam_parameters)
+        groups: list[dict[str, Any]] = [
+            {
+                "name": "matrices",
+                "params": [m.weight for m in split.matrices],
+                "lr": self.lr,
+                "momentum": self.momentum,
+                "nesterov": self.nesterov,
+                "steps": self.steps,
+                "scale": self.scale,
+                "weight_decay": self.weight_decay,
+            }
+        ]
+        groups += [
+            {"name": name, "params": parameters, "lr": lr, "betas": self.betas, "eps": self.eps, "fused": fused}
+            for name, (parameters, lr) in rest.items()
+        ]
+        optimizer = MuonAdamW([g for g in groups if g["params"]], split.matrices)
+        set_initial_rates(optimizer)
+        return optimizer
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """The group `matrices` is updated by Muon, every other by AdamW without decay.
+
+    Matrices (and parts of fused ones) of one shape are orthogonalised as one batch. All state stands in the state
+    dict as tensors and numbers, so that training resumes to the bit. Under data parallelism each device does the
+    same work on the same averaged gradients.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], matrices: list[Matrix]) -> None:
+        """`groups` as `Muon.build` makes them; `matrices` says how those of the first are taken apart."""
+        self._parts = {m.weight: m.parts for m in matrices}
+        super().__init__(groups, defaults={})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns the closure's loss if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon if group["name"] == "matrices" else self._adamw)(group, parameters)
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+
+        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for p, update in zip(parameters, updates, strict=True):
+            for target, piece in zip(self._split(p, p), self._split(p, update), strict=True):
+                buckets.setdefault((piece.shape[1], piece.shape[2]), []).append((target, piece))
+        if group["weight_decay"]:
+            torch._foreach_mul_(list[Tensor](parameters), 1 - group["lr"] * group["weight_decay"])
+        for (rows, columns), members in buckets.items():
+            batch = orthogonalize(torch.cat([piece for _, piece in members]), group["steps"])
+            spectral = group["scale"] == "spectral"
+            size = max(1.0, rows / columns) ** 0.5 if spectral else 0.2 * max(rows, columns) ** 0.5
+            targets = [target for target, _ in members]
+            changes = list(batch.to(targets[0].dtype).split([len(t) for t in targets]))
+            torch._foreach_add_(targets, changes, alpha=-group["lr"] * size)
+
+    def _split(self, p: nn.Parameter, x: Tensor) -> list[Tensor]:
+        """Views (n, rows, columns) of what is fused in a matrix, equal neighbours together."""
+        parts = self._parts[p]
+        if len(set(parts)) == 1:
+            return [x.view(len(parts), parts[0], -1)]
+        return [piece.unsqueeze(0) for piece in x.split(parts)]
+
+    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else None)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in parameters]
+        adamw(
+            list(parameters),
+            [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """U V^T, nearly, of each matrix U S V^T of a batch (n, rows, columns); in bf16 on CUDA, else in float32.
+
+    Each step maps x to (a + b G + c G^2) x with G = x x^T. As all of these commute, wide matrices in float32 can be
+    treated through G alone, which is smaller: the next G is p G p, and x is multiplied once, by the product of all p.
+    """
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        return orthogonalize(x.mT, steps).mT
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    if columns < 2 * rows or x.dtype == torch.bfloat16:
+        for a, b, c in _stretched(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for step, (a, b, c) in enumerate(_stretched(steps)):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = p if product is None else p @ product
+        if step < steps - 1:
+            gram = p @ gram @ p
+    assert product is not None
+    return product @ x
+
+
+def _stretched(steps: int) -> list[tuple[float, float, float]]:
+    """The polynomials for values up to SAFETY instead of 1; the last is left as it is, so that 1 stays near 1."""
+    return [
+        (a / SAFETY, b / SAFETY**3, c / SAFETY**5) if step < steps - 1 else (a, b, c)
+        for step, (a, b, c) in enumerate(POLAR_EXPRESS[:steps])
+    ]
