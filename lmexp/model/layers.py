@@ -162,17 +162,17 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied.weight
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.softcap = softcap
-        self._chunk = _chunk_loss
+        self._whole, self._chunk = _whole_loss, _chunk_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile in place, the loss of a chunk too."""
+        """Compile in place, the loss too."""
         super().compile(*args, **kwargs)
+        self._whole = torch.compile(_whole_loss, *args, **kwargs)
         self._chunk = torch.compile(_chunk_loss, *args, **kwargs)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), at least float32, of hidden states (..., D)."""
-        logits = _at_least_float32(F.linear(hidden, self.weight, self.bias))
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return _logits(hidden, self.weight, self.bias, self.softcap)
 
     def loss(
         self,
@@ -196,7 +196,7 @@ class Head(nn.Module):
         with_grad = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         assert reduction == "sum" or not with_grad, "losses of single positions have no gradients"
         if n_chunks == 1 and with_grad:
-            return F.cross_entropy(self(hidden), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            return self._whole(hidden, self.weight, self.bias, labels, self.softcap)
 
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if with_grad:
@@ -220,14 +220,22 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    logits = _at_least_float32(F.linear(hidden, weight, bias))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _whole_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None) -> Tensor:
+    """Sum of losses () of all positions at once, for autograd to differentiate."""
+    logits = _logits(hidden, weight, bias, softcap)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
 def _chunk_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (n,) of a piece of n positions and, if asked for, d(sum of losses) / d(logits) (n, V)."""
-    logits = _at_least_float32(F.linear(hidden, weight, bias))
-    if softcap is not None:
-        capped = torch.tanh(logits / softcap)
-        logits = softcap * capped
+    logits = _logits(hidden, weight, bias, softcap)
     log_sum = logits.logsumexp(-1)
     scored = labels != IGNORE_INDEX
     index = labels.clamp_min(0)[:, None]
@@ -237,7 +245,7 @@ def _chunk_loss(
     gradient = (logits - log_sum[:, None]).exp()
     gradient = gradient.scatter_add(-1, index, gradient.new_full(index.shape, -1.0)) * scored[:, None]
     if softcap is not None:
-        gradient = gradient * (1 - capped * capped)
+        gradient = gradient * (1 - (logits / softcap).square())  # d tanh = 1 - tanh^2
     return losses, gradient.to(hidden.dtype)
 
 

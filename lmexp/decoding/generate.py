@@ -1,0 +1,182 @@
+"""Text from a decoder: greedy or sampled, batched, with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmexp.contracts import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when to stop."""
+
+    temperature: float = 1.0
+    """Logits are divided by this; 0: the likeliest token (greedy)."""
+
+    top_k: int | None = None
+    """Only the k likeliest tokens; null: all."""
+
+    top_p: float | None = None
+    """Only the fewest likeliest tokens that reach this probability together, in (0, 1] (Holtzman et al. 2020,
+    section 3.1); null: all. Applied after temperature and top_k."""
+
+    max_new_tokens: int = 256
+    """Tokens generated for each prompt at most."""
+
+    seed: int = 0
+    """Decides all randomness."""
+
+    stop_at_eos: bool = True
+    """Stop a row once it has generated the end of a document."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"decoding.temperature={self.temperature}; expected at least 0 (greedy).")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"decoding.top_k={self.top_k}; expected at least 1, or null for all tokens.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"decoding.top_p={self.top_p}; expected a probability above 0 and at most 1, or null.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"decoding.max_new_tokens={self.max_new_tokens}; expected at least 1.")
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_id: int | None,
+    vocab_size: int,
+    on_token: Callable[[int, int], None] | None = None,
+    first_row: int = 0,
+) -> list[list[int]]:
+    """Continue each prompt (token ids, at least one); returns the new tokens alone, the end of document included.
+
+    Row i is a pure function of its prompt, the seed and `first_row` + i, whichever rows stand beside it. Each token
+    is predicted from at most the last `model.max_length` ones; as long as these fit, from cached keys and values.
+    `vocab_size`: ids from there on (padding of the vocabulary) are never drawn. `on_token(row, token)` is called for
+    each token as it comes, row by row. The model runs in evaluation mode and is left in the mode it was in.
+    Raises `UserError` for an empty prompt.
+    """
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {row} has no tokens; give it text, or the end-of-document token to start from.")
+    if not prompts:
+        return []
+    was_training = model.training
+    model.eval()
+    try:
+        return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
+    finally:
+        model.train(was_training)
+
+
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_id: int | None,
+    vocab_size: int,
+    on_token: Callable[[int, int], None] | None,
+    first_row: int,
+) -> list[list[int]]:
+    weight = model.head.weight
+    device = weight.device
+    width = max(len(prompt) for prompt in prompts)
+    # rows end together: shorter prompts are padded at the left, and the padding is a document of its own, -1
+    tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+
+    room = min(model.max_length, width + sampling.max_new_tokens)
+    cache = None
+    if width <= room:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        cache = model.new_cache(len(prompts), room, device, dtype)
+    results: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    for _ in range(sampling.max_new_tokens):
+        width = tokens.shape[1]
+        if cache is not None and width <= room:
+            hidden = _hidden(model, tokens, pads, cache.length, cache)
+        else:
+            cache = None  # the window slides: every position of it changes, so that nothing can be kept
+            hidden = _hidden(model, tokens, pads, max(0, width - model.max_length), None)
+        logits = model.head(hidden[:, -1])[:, :vocab_size]  # (B, V)
+        drawn = next_tokens(logits, sampling, [(first_row + i, len(r)) for i, r in enumerate(results)])
+        for row, token in enumerate(drawn.tolist()):
+            if done[row]:
+                continue
+            results[row].append(token)
+            done[row] = sampling.stop_at_eos and token == eos_id
+            if on_token is not None:
+                on_token(row, token)
+        if all(done):
+            break
+        tokens = torch.cat((tokens, drawn[:, None]), 1)
+    return results
+
+
+def _hidden(model: nn.Module, tokens: Tensor, pads: Tensor, start: int, cache: Any) -> Tensor:
+    """Hidden states of the columns from `start` on; without a cache these are all that is seen."""
+    tokens = tokens[:, start:]
+    seen_pads = pads if cache is not None else (pads - start).clamp_min(0)
+    offset = start if cache is not None else 0
+    if not seen_pads.any():
+        return model(tokens, cache=cache)
+    columns = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)
+    positions = columns - seen_pads[:, None]
+    documents = -(positions < 0).long()
+    return model(tokens, documents=documents, positions=positions.clamp_min(0), cache=cache)
+
+
+def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Choose a token for each row of logits (B, V); `places` are the (row, position) that decide the randomness.
+
+    Samples by inverting the distribution function at a uniform number of the seed, the row and the position.
+    Returns (B,) int64.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = distribution(logits, sampling)
+    uniform = torch.tensor([_uniform(sampling.seed, *place) for place in places], dtype=torch.float64)
+    total = probabilities.double().cumsum(-1)
+    end = total[:, -1:]
+    # below the end even after rounding, so that no excluded token at the end of the order is drawn
+    at = torch.minimum(uniform.to(logits.device)[:, None] * end, end.nextafter(torch.zeros_like(end)))
+    chosen = torch.searchsorted(total, at, right=True)
+    return ids.gather(-1, chosen)[:, 0]
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, V) in falling order, those of excluded tokens 0, and the tokens (B, V) they belong to."""
+    ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+    # the likeliest gets exponent 0, so that a temperature near 0 divides nothing large
+    scaled = (ordered - ordered[:, :1]) / sampling.temperature
+    if sampling.top_k is not None:
+        scaled[:, sampling.top_k :] = float("-inf")
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities, ids
+
+
+def _uniform(seed: int, row: int, position: int) -> float:
+    """A number in [0, 1) that is a pure function of its arguments (SplitMix64, Steele et al. 2014, chained)."""
+    mask = (1 << 64) - 1
+    state = 0
+    for value in (seed, row, position):
+        state = (state + value + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)
