@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import UserError
@@ -25,9 +24,11 @@ from lmexp.model.layers import (
     attend,
     check_heads,
     check_positive,
+    relu_squared,
     rotate,
     round_up,
     training_flops,
+    unit_rms,
     visible,
 )
 
@@ -100,10 +101,6 @@ class FastConfig:
         return Fast(self, round_up(vocab_size, self.vocab_multiple))
 
 
-def _norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
-
-
 class Fast(nn.Module):
     """Tokens (B, T) int64 to hidden states (B, T, D); `head` turns these into logits and losses."""
 
@@ -152,7 +149,7 @@ class Fast(nn.Module):
         start = 0 if cache is None else cache.length
         assert start + length <= self.max_length, f"{start + length} positions, the model has {self.max_length}"
         seen = visible(tokens, documents, cache)
-        x = first = _norm(self.embed(tokens))  # (B, T, D)
+        x = first = unit_rms(self.embed(tokens))  # (B, T, D)
         cos, sin = self.rotary.tables(start, length, positions, x.dtype)
         tables = cos.unsqueeze(-2), sin.unsqueeze(-2)  # queries and keys are turned together
         without = self.n_layers - len(self.value_embeds)
@@ -163,7 +160,7 @@ class Fast(nn.Module):
             x = block(x, tables, extra, seen, cache)
         if cache is not None:
             cache.length += length
-        return _norm(x)
+        return unit_rms(x)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs a token of a training step at context `length`; see `training_flops`."""
@@ -189,8 +186,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], extra: Tensor | None, seen: Visible, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.attention(_norm(x), tables, extra, seen, cache)
-        return x + self.contract(F.relu(self.expand(_norm(x))).square())
+        x = x + self.attention(unit_rms(x), tables, extra, seen, cache)
+        return x + self.contract(relu_squared(self.expand(unit_rms(x))))
 
 
 class Attention(nn.Module):
@@ -207,7 +204,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        qk = rotate(_norm(qk) if self.qk_norm else qk, tables)
+        qk = rotate(unit_rms(qk) if self.qk_norm else qk, tables)
         if extra is not None:
             v = v + extra.view_as(v)
         q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)

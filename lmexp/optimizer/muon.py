@@ -58,14 +58,15 @@ class Muon:
     vector_lr: float
     """AdamW's learning rate for norm weights, biases and gates."""
 
-    momentum: float = 0.95
+    momentum: float = 0.9
     """Rate of the average of a matrix's gradients; in [0, 1)."""
 
     nesterov: bool = True
     """Look one step ahead: the update is made of momentum * average + (1 - momentum) * gradient."""
 
-    steps: int = 5
-    """Polynomials applied to orthogonalise, 1 to 7."""
+    steps: int = 3
+    """Polynomials applied to orthogonalise, 1 to 7; more give a truer U V^T and cost more, which did not repay at a
+    width of 128."""
 
     scale: str = "spectral"
     """Size of a (rows, columns) update: spectral, sqrt(max(1, rows / columns)); or rms, 0.2 * sqrt(max(rows,
@@ -98,7 +99,7 @@ class Muon:
         if not 0 <= self.momentum < 1:
             raise UserError(f"optimizer.momentum={self.momentum}; expected a number of at least 0 and less than 1.")
         if not 1 <= self.steps <= len(POLAR_EXPRESS):
-            raise UserError(f"optimizer.steps={self.steps}; expected 1 to {len(POLAR_EXPRESS)}; 5 is usual.")
+            raise UserError(f"optimizer.steps={self.steps}; expected 1 to {len(POLAR_EXPRESS)}; 3 to 5 are usual.")
         if self.scale not in ("spectral", "rms"):
             raise UserError(f"optimizer.scale={self.scale}; expected spectral or rms.")
 

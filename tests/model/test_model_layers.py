@@ -9,7 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmexp.contracts import IGNORE_INDEX, UserError
-from lmexp.model.layers import CHUNK_ELEMENTS, Head, KVCache, RMSNorm, Rotary, Visible, attend, rotate, visible
+from lmexp.model.layers import (
+    CHUNK_ELEMENTS,
+    Head,
+    KVCache,
+    RMSNorm,
+    Rotary,
+    Visible,
+    attend,
+    relu_squared,
+    rotate,
+    unit_rms,
+    visible,
+)
 
 
 def reference_attention(q, k, v, mask):
@@ -74,7 +86,14 @@ def test_rms_norm_is_its_formula():
     x = torch.randn(3, 6, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
     torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight)
-    assert not list(RMSNorm(6, 1e-3, learned=False).parameters())
+
+
+def test_unit_rms_and_relu_squared_are_their_formulas():
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(unit_rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    torch.testing.assert_close(relu_squared(x), F.relu(x).square())
+    assert torch.autograd.gradcheck(unit_rms, x)
+    assert torch.autograd.gradcheck(relu_squared, x)
 
 
 def reference_loss(head, hidden, labels):
