@@ -34,7 +34,7 @@ class SplitReport:
         return self.bytes / self.tokens
 
 
-_HEADER = ("split", "documents", "tokens", "bytes", "bytes/token", "unknown", "longest document")
+_HEADER = ("split", "documents", "tokens", "bytes", "bytes/token", "unknown", "longest")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DataReport:
     """Where the tokens lie."""
 
     def rows(self) -> list[tuple[str, ...]]:
-        """One row a split, as text, under split, documents, tokens, bytes, bytes/token, unknown, longest document."""
+        """One row a split, as text, under split, documents, tokens, bytes, bytes/token, unknown, longest."""
         return [
             (
                 name,
@@ -79,7 +79,7 @@ class DataReport:
         """The report for the terminal."""
         from rich.table import Table
 
-        table = Table(title=f"Data: {self.vocab_size:,} tokens of vocabulary, {self.path}", title_justify="left")
+        table = Table(title=f"Data, as {self.vocab_size:,} different tokens", title_justify="left")
         for number, name in enumerate(_HEADER):
             table.add_column(name, justify="left" if number == 0 else "right")
         for row in self.rows():

@@ -48,7 +48,9 @@ class Pretrained:
         path = Path(str(self.path)).expanduser()
         if path.is_dir():
             if not (path / "tokenizer.json").is_file():
-                raise UserError(f"tokenizer.path={self.path} holds no tokenizer.json; expected a fast tokenizer's folder.")
+                raise UserError(
+                    f"tokenizer.path={self.path} holds no tokenizer.json; give a folder or file that is one."
+                )
             return path / "tokenizer.json"
         return path if path.is_file() else None
 

@@ -35,7 +35,8 @@ class SubwordTokenizer(Tokenizer):
         eos_id = backend.token_to_id(eos)
         assert eos_id is not None, eos
         self.eos_id = eos_id
-        self.pad_id = eos_id if pad is None else backend.token_to_id(pad)
+        pad_id = None if pad is None else backend.token_to_id(pad)
+        self.pad_id = eos_id if pad_id is None else pad_id
         self.unk_id = None if unk is None else backend.token_to_id(unk)
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special} | {eos_id}
         alphabet = _byte_alphabet()
