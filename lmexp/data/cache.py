@@ -174,7 +174,7 @@ def _build(
     shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed: we hold the lock
     unfinished.mkdir()
     try:
-        reports = {}
+        reports: dict[str, SplitReport] = {}
         sample = ""
         for split in splits:
             reports[split], start = _write_split(unfinished, split, corpus.rows(split), tokenizer, console)

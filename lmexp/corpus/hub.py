@@ -1,0 +1,182 @@
+"""Any data set of the `datasets` library: by its name on the Hugging Face hub, or a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmexp.contracts import Split, UserError
+from lmexp.corpus.content import content_hash
+
+_SLICED = re.compile(r"(?P<name>[^\[]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
+
+
+@dataclass
+class Hub:
+    """The rows of a hub data set; one is a document, unless `document_start` says where documents start."""
+
+    name: str | None
+    """A name on the hub, a folder in one of the hub's formats, or one that `save_to_disk` wrote."""
+
+    config: str | None = None
+    """The configuration of the data set, where it has several."""
+
+    revision: str | None = None
+    """A commit or tag of the data set on the hub; None: the newest. Recommended when streaming."""
+
+    train: str | None = "train"
+    """Its split to train on, or part of one: `train`, `train[:99%]`, `train[1000:]`."""
+
+    validation: str | None = None
+    """The same for validation; None: there is none."""
+
+    test: str | None = None
+    """The same for test; None: there is none."""
+
+    column: str = "text"
+    """The column that holds the text."""
+
+    document_start: str | None = None
+    """A regular expression: a row that it matches starts a document, and the rows to the next such are joined.
+    None: each row is a document. Not when streaming."""
+
+    streaming: bool = False
+    """Tokenize the training split while training, and keep nothing on disk; slices then count rows from the front."""
+
+    cache_dir: str | None = None
+    """Where content hashes of local folders are kept; downloads stay in the cache of `datasets`."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise UserError("corpus.name is not given; expected a hub name or a local folder: data.corpus.name=NAME.")
+        if not self.train:
+            raise UserError(
+                "corpus.train is null; expected the split to train on, for example data.corpus.train=train."
+            )
+        if self.document_start is not None:
+            if self.streaming:
+                raise UserError(
+                    "corpus.document_start does not work with corpus.streaming=true; set one of them to null/false."
+                )
+            try:
+                re.compile(self.document_start)
+            except re.error as error:
+                raise UserError(
+                    f"corpus.document_start={self.document_start!r} is no regular expression: {error}."
+                ) from error
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that are set."""
+        named: dict[Split, str | None] = {"train": self.train, "validation": self.validation, "test": self.test}
+        return tuple(split for split, source in named.items() if source)
+
+    def fingerprint(self) -> str:
+        """Of the content, as far as that is at hand: a local folder's files, what `datasets` says of a download; of a
+        stream from the hub only the settings can be known."""
+        settings = [self.config, self.train, self.validation, self.test, self.column, self.document_start]
+        folder = Path(str(self.name)).expanduser()
+        if folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            content: Any = content_hash(files, self.cache_dir)
+        elif self.streaming:
+            content = [self.name, self.revision]
+        else:
+            content = [self._load(split)._fingerprint for split in self.splits]
+        return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()
+
+    def rows(self, split: Split) -> Any:
+        """The split as a `datasets.Dataset`, or an `IterableDataset` when streaming."""
+        if split not in self.splits:
+            raise UserError(
+                f"corpus.{split} is null; expected a split of {self.name}, or part of one: "
+                f"data.corpus.{split}='train[:1%]'."
+            )
+        rows = self._load(split)
+        columns = rows.column_names or list(next(iter(rows), {}))
+        if self.column not in columns:
+            raise UserError(
+                f"{self.name} has no column {self.column!r}; it has {', '.join(map(repr, columns))}. Choose one "
+                "of them with data.corpus.column=NAME."
+            )
+        rows = rows.select_columns([self.column])
+        if self.column != "text":
+            rows = rows.rename_column(self.column, "text")
+        if self.document_start is None:
+            return rows
+        from datasets import Dataset
+
+        return Dataset.from_dict({"text": list(_joined(rows, re.compile(self.document_start)))})
+
+    def _load(self, split: Split) -> Any:
+        import datasets
+
+        wanted = getattr(self, split)
+        folder = Path(str(self.name)).expanduser()
+        try:
+            if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+                loaded = datasets.load_from_disk(str(folder))
+                name = wanted.split("[")[0]
+                if isinstance(loaded, datasets.DatasetDict):
+                    if name not in loaded:
+                        raise UserError(f"{self.name} has no split {name!r}; it has {', '.join(loaded)}.")
+                    loaded = loaded[name]
+                return _part(loaded.to_iterable_dataset() if self.streaming else loaded, wanted)
+            source = str(folder) if folder.is_dir() else self.name
+            if not self.streaming:
+                return datasets.load_dataset(source, self.config, split=wanted, revision=self.revision)
+            name = wanted.split("[")[0]
+            rows = datasets.load_dataset(source, self.config, split=name, revision=self.revision, streaming=True)
+            return _part(rows, wanted)
+        except UserError:
+            raise
+        except Exception as error:  # a dozen types, from here, the hub's client and its network library
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"Cannot load {wanted!r} of corpus.name={self.name} (config {self.config}): {type(error).__name__}: "
+                f"{reason} Check the name, config and split; without a network, give a local folder as "
+                "data.corpus.name=FOLDER, or use data=pydocs, which needs none."
+            ) from error
+
+
+def _part(rows: Any, wanted: str) -> Any:
+    """The slice of `rows` that `name[start:stop]` means."""
+    match = _SLICED.fullmatch(wanted)
+    if match is None:
+        if "[" in wanted:
+            raise UserError(f"Split {wanted!r}: expected a name or name[start:stop], such as train[1000:].")
+        return rows
+    if hasattr(rows, "__len__"):
+        n = len(rows)
+        start, stop, _ = slice(_row(match["start"], n), _row(match["stop"], n)).indices(n)
+        return rows.select(range(start, max(start, stop)))
+    if "%" in wanted or "-" in wanted:
+        raise UserError(
+            f"Split {wanted!r} of a stream: its length is not known; count rows from the front: train[1000:]."
+        )
+    start = int(match["start"] or 0)
+    rows = rows.skip(start) if start else rows
+    return rows.take(max(0, int(match["stop"]) - start)) if match["stop"] else rows
+
+
+def _row(place: str | None, n: int) -> int | None:
+    if place is None:
+        return None
+    return round(int(place[:-1]) * n / 100) if place.endswith("%") else int(place)
+
+
+def _joined(rows: Any, start: re.Pattern[str]) -> Iterator[str]:
+    parts: list[str] = []
+    for row in rows:
+        text = row["text"] or ""
+        if start.match(text) and "".join(parts).strip():
+            yield "".join(parts)
+            parts = []
+        parts.append(text)
+    if "".join(parts).strip():
+        yield "".join(parts)
