@@ -15,6 +15,9 @@ class LanguageModeling(Metric):
     State is reduced over devices by summing, so that the numbers do not depend on how samples were split.
     """
 
+    names = ("loss", "perplexity", "bits_per_byte")
+    """What `compute` gives."""
+
     full_state_update = False
     nats: Tensor
     tokens: Tensor

@@ -1,10 +1,11 @@
-"""TensorBoard event files: taking back what was logged after the step a run goes on from."""
+"""TensorBoard event files: HPARAMS, and taking back what was logged after the step a run goes on from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lmexp.run.directory import disk_errors
 
@@ -57,3 +58,23 @@ def _belongs(event: object, step: int) -> bool:
         return True
     tags = [value.tag for value in event.summary.value]  # type: ignore[attr-defined]
     return event.step <= step and SESSION_END not in tags  # type: ignore[attr-defined]
+
+
+def start_hparams(writer: Any, hparams: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Open a run in HPARAMS: its parameters, and the tags whose latest scalars are its metrics.
+
+    `writer` is a `SummaryWriter`. The metrics must be named here: TensorBoard reads the first such record only.
+    """
+    from torch.utils.tensorboard.summary import hparams as summaries
+
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hparams.items()}
+    experiment, start, _ = summaries(plain, dict.fromkeys(metrics, 0))
+    writer.file_writer.add_summary(experiment)
+    writer.file_writer.add_summary(start)
+
+
+def end_hparams(writer: Any) -> None:
+    """Close a run in HPARAMS as finished."""
+    from torch.utils.tensorboard.summary import hparams as summaries
+
+    writer.file_writer.add_summary(summaries({}, {})[2])

@@ -27,6 +27,12 @@ class StepRecord:
     loss: list[float]
     """Nats a scored token in each step's global batch."""
 
+    tokens: list[int]
+    """Scored tokens of each step's global batch."""
+
+    n_bytes: list[float]
+    """UTF-8 bytes that these stand for."""
+
     grad_norm: list[float]
     """Norm of each step's mean gradient, before clipping."""
 
@@ -49,6 +55,7 @@ class BaseTask(LightningModule):
         clip_norm: float | None,
         micro_batch_size: int | None,
         log_every: int,
+        flops_per_token: float,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -62,6 +69,7 @@ class BaseTask(LightningModule):
         self.clip_norm = clip_norm
         self.micro_batch_size = micro_batch_size
         self.log_every = log_every
+        self.flops_per_token = flops_per_token
         self._window_start = 0
         self._ring: Tensor | None = None
         if compile:
@@ -78,7 +86,7 @@ class BaseTask(LightningModule):
 
     def on_fit_start(self) -> None:
         self._window_start = self.trainer.global_step
-        self._ring = torch.zeros(self.log_every, 3, device=self.device)
+        self._ring = torch.zeros(self.log_every, 4, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step: backward over the micro-batches, mean gradient, clip, update."""
@@ -105,7 +113,9 @@ class BaseTask(LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         assert self._ring is not None
-        self._ring[step % self.log_every] = torch.stack((total, count.to(total.dtype), norm.to(total.dtype)))
+        self._ring[step % self.log_every] = torch.stack(
+            (total, batch["n_bytes"].sum().to(total.dtype), count.to(total.dtype), norm.to(total.dtype))
+        )
 
     def _no_sync(self) -> Any:
         """Gradients of all but the last micro-batch stay on their device."""
@@ -137,10 +147,14 @@ class BaseTask(LightningModule):
         self._window_start = step
         values = self._ring.clone()
         if self.trainer.world_size > 1:
-            dist.all_reduce(values[:, 0])  # counts and norms are equal on all devices already
+            sums = values[:, :2].contiguous()
+            dist.all_reduce(sums)  # counts and norms are equal on all devices already
+            values[:, :2] = sums
         rows = values.double().cpu()[[s % self.log_every for s in steps]]
-        loss = (rows[:, 0] / rows[:, 1]).tolist()
-        return StepRecord(steps, loss, rows[:, 2].tolist())
+        loss = (rows[:, 0] / rows[:, 2]).tolist()
+        return StepRecord(
+            steps, loss, [int(n) for n in rows[:, 2].tolist()], rows[:, 1].tolist(), rows[:, 3].tolist()
+        )
 
 
 def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:

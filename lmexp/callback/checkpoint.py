@@ -1,0 +1,231 @@
+"""When a run is saved, stopped and resumed: always between two steps, after the validation that is due there."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lmexp.callback.base import RunCallback
+from lmexp.callback.tracking import Tracking
+from lmexp.contracts import Interrupted, UserError
+from lmexp.run import checkpoint as files
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's way to our checkpoint files: atomic when written, verified when read."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, dict[str, Any]] = {}
+        """Checkpoints that were read and verified already, by their path."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        files.save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        known = self.read.pop(str(path), None)
+        return files.load(path) if known is None else known
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoint(RunCallback):
+    """Saves at multiples of `every_steps`, by time, when validation got better, at the end and on a signal.
+
+    It must be the last callback: what it saves is the state after everything else that happens at a step.
+    """
+
+    def __init__(
+        self, every_steps: int | None, every_minutes: float | None, keep: int, monitor: str, mode: str
+    ) -> None:
+        for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep", keep)):
+            if value is not None and value <= 0:
+                raise UserError(f"callback.checkpoint.{name}={value}; expected a positive number.")
+        if mode not in ("min", "max"):
+            raise UserError(f"callback.checkpoint.mode={mode}; expected min or max.")
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.keep = keep
+        self.monitor = monitor
+        self.sign = 1 if mode == "min" else -1
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._random: list[dict[str, Any]] = []
+        self._votes: Any = None
+
+    # ---- what happens at a step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = time.monotonic()
+        if self._random:
+            _set_random_state(self._random[trainer.global_rank % len(self._random)])
+            self._random = []
+        if trainer.world_size > 1:
+            # the processes agree through the CPU, so that no step waits for a GPU
+            self._votes = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            # here, because Lightning has set its own by now
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        trainer.datamodule.advance(self.session.batch_size)  # type: ignore[attr-defined]
+        limit = self.session.max_seconds
+        minutes = self.every_minutes
+        stopped, out_of_time, save_now = self._agree(
+            self._signal is not None,
+            limit is not None and self.session.seconds >= limit,
+            minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes,
+        )
+        if step == self.session.max_steps or (out_of_time and not stopped):
+            trainer.should_stop = True  # Lightning validates before it stops
+        due = save_now or (self.every_steps is not None and step % self.every_steps == 0)
+        self._stop_after, self._save_after = stopped, due
+        if not (trainer.should_stop or step % self.session.validate_every == 0):
+            self._end_of_step(trainer, pl_module, validated=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._end_of_step(trainer, pl_module, validated=True)
+
+    def _end_of_step(self, trainer: Trainer, task: LightningModule, validated: bool) -> None:
+        better = validated and self._is_better()
+        stop = self._agree(self._signal is not None)[0] if validated else self._stop_after
+        at_validations = validated and self.every_steps is None
+        if better or stop or self._save_after or at_validations or trainer.should_stop:
+            with self.session.pause():
+                self._save(trainer, task, better)
+        if stop and not (trainer.should_stop and validated):  # at the very end the run is done, not stopped
+            name = signal.Signals(self._signal).name if self._signal is not None else "a signal to another process"
+            raise Interrupted(
+                f"by {name} after step {trainer.global_step}, with a checkpoint saved. Go on with: "
+                f"resume=auto paths.run_dir={self.session.directory.path}"
+            )
+
+    def _is_better(self) -> bool:
+        score = self.session.metrics.get(self.monitor)
+        if score is None:
+            raise UserError(
+                f"callback.checkpoint.monitor={self.monitor} is not measured; expected one of "
+                f"{', '.join(sorted(t for t in self.session.metrics if t.startswith('val/')))}."
+            )
+        return self.best_score is None or self.sign * score < self.sign * self.best_score
+
+    def _save(self, trainer: Trainer, task: LightningModule, is_best: bool) -> None:
+        step = trainer.global_step
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Tracking):
+                callback.flush(trainer, task)  # raises for a loss that is not finite, before it is saved
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.flush()  # what a checkpoint is resumed from must stand in the curves
+        if is_best:
+            self.best_score, self.best_step = self.session.metrics[self.monitor], step
+        folder = self.session.directory.checkpoints
+        trainer.save_checkpoint(folder / files.step_file(step))
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            files.link(folder / "last.ckpt", files.step_file(step))
+            if self.best_step is not None:
+                files.link(folder / "best.ckpt", files.step_file(self.best_step))
+            for old in files.saved_steps(folder)[: -self.keep]:
+                if old not in (step, self.best_step):
+                    (folder / files.step_file(old)).unlink()
+
+    # ---- signals and votes
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is not None:  # a second one: at once
+            raise KeyboardInterrupt
+        self._signal = number
+        self.session.terminal.print(f"{signal.Signals(number).name}: saving at the end of this step.")
+
+    def _agree(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether any process raised each flag. Collective."""
+        if self._votes is None:
+            return flags
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._votes)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    # ---- what a checkpoint holds
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        step = trainer.global_step
+        states = [_random_state()]
+        if trainer.world_size > 1:
+            states = [{} for _ in range(trainer.world_size)]
+            dist.all_gather_object(states, _random_state())
+        _between_steps(checkpoint["loops"]["fit_loop"], step, self.session.validate_every)
+        checkpoint["lmexp"] = {
+            **self.session.record,
+            "format": files.FORMAT,
+            "step": step,
+            "seconds": self.session.seconds,
+            "metrics": dict(self.session.metrics),
+            "best": {"score": self.best_score, "step": self.best_step},
+            "random": states,
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        entry = checkpoint["lmexp"]
+        self.best_score, self.best_step = entry["best"]["score"], entry["best"]["step"]
+        self._random = entry["random"]
+
+
+def _between_steps(loop: dict[str, Any], step: int, validate_every: int) -> None:
+    """Make Lightning's record of its loop say: `step` batches are done, and so is the validation due there.
+
+    As saved from inside a hook it says that the batch, or the validation, is under way, and would run that again.
+    """
+    done = {"ready": step, "started": step, "processed": step, "completed": step}
+    loop["epoch_loop.batch_progress"] |= {"total": dict(done), "current": dict(done), "is_last_batch": False}
+    progress = loop["epoch_loop.manual_optimization.optim_step_progress"]
+    progress |= {"total": {"ready": step, "completed": step}, "current": {"ready": step, "completed": step}}
+    # where a validation was due, Lightning counts this batch again on its way past it
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - (step % validate_every == 0)
+    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loop["epoch_progress"] |= {"total": dict(epoch), "current": dict(epoch)}
+    nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+    loop["epoch_loop.val_loop.batch_progress"] |= {"total": dict(nothing), "current": dict(nothing)}
+
+
+def _random_state() -> dict[str, Any]:
+    """Of Python, NumPy, torch and CUDA, as tensors and plain containers."""
+    version, numbers, gauss = random.getstate()
+    kind, key, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    return {
+        "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(key).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    kind, key, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, key.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,169 @@
+"""What TensorBoard shows of a run's training, read from the device once every `log_every` steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lmexp.callback.base import RunCallback
+from lmexp.contracts import UserError
+from lmexp.run import events
+from lmexp.task.base import BaseTask, StepRecord
+
+_RATIO_ELEMENTS = 2**24
+"""The update-to-weight ratio is measured on the first parameters with so many numbers together (64 MiB): a copy of
+all weights of a large model would not fit beside it."""
+
+METRIC_TAGS = ("val/loss", "val/bits_per_byte", "val/perplexity", "train/loss", "speed/tokens_per_second")
+"""What HPARAMS shows for each run."""
+
+
+class EventFiles(TensorBoardLogger):
+    """Lightning's TensorBoard logger, less its own file of hyperparameters: config.yaml is that."""
+
+    def save(self) -> None:
+        self.experiment.flush()
+
+
+class Tracking(RunCallback):
+    """Logs each step's loss and gradient norm, and for each window of steps the rest.
+
+    Steps count from 1: the value at step s belongs to the s-th update. Raises `UserError` for a loss or gradient
+    that is not finite, before anything is saved.
+    """
+
+    def __init__(self, update_ratio_every: int) -> None:
+        if update_ratio_every < 1:
+            raise UserError(f"callback.tracking.update_ratio_every={update_ratio_every}; expected at least 1.")
+        self.update_ratio_every = update_ratio_every
+        self._before: list[Tensor] = []
+        self._ratio: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.session.start_clock()
+        self._window_start = self._left = time.perf_counter()
+        self._paused = self.session.paused
+        self._waited = 0.0
+        if trainer.global_step == 0 and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            for tag, text in self.session.texts.items():
+                trainer.logger.experiment.add_text(tag, text, 0)
+            events.start_hparams(trainer.logger.experiment, self.session.hparams, METRIC_TAGS)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._left
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if (trainer.global_step + 1) % self.update_ratio_every == 0:
+            self._before = [p.detach().clone() for p in _measured(pl_module)]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._before:
+            self._ratio = _update_ratio(self._before, _measured(pl_module))
+            self._before = []
+        if trainer.global_step % self.session.log_every == 0 or trainer.global_step == self.session.max_steps:
+            self.flush(trainer, pl_module)
+        self._left = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.session.paused += time.perf_counter() - self._validation_start
+        for tag, value in trainer.callback_metrics.items():
+            if tag.startswith("val/"):
+                self.session.metrics[tag] = float(value)
+        self._left = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            events.end_hparams(trainer.logger.experiment)
+
+    def flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read and log what the steps since the last call measured. Collective."""
+        assert isinstance(pl_module, BaseTask)
+        step = trainer.global_step
+        record = pl_module.read_window(step)
+        if not record.steps:
+            return
+        self._refuse_nan(record, pl_module)
+        now = time.perf_counter()
+        spent = now - self._window_start - (self.session.paused - self._paused)
+        values = self._window_values(trainer, pl_module, record, spent)
+        self.session.metrics.update(values)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
+        if trainer.logger is not None and trainer.is_global_zero:
+            for at, loss, norm in zip(record.steps, record.loss, record.grad_norm, strict=True):
+                trainer.logger.log_metrics({"train/loss": loss, "optim/grad_norm": norm}, step=at + 1)
+            trainer.logger.log_metrics({k: v for k, v in values.items() if k != "train/loss"}, step=step)
+        self._window_start, self._paused, self._waited = now, self.session.paused, 0.0
+        self._left = time.perf_counter()
+
+    def _window_values(
+        self, trainer: Trainer, task: BaseTask, record: StepRecord, spent: float
+    ) -> dict[str, float]:
+        nats = sum(loss * n for loss, n in zip(record.loss, record.tokens, strict=True))
+        tokens, n_bytes = sum(record.tokens), sum(record.n_bytes)
+        loss = nats / tokens
+        values = {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700))}
+        if n_bytes:
+            values["train/bits_per_byte"] = nats / math.log(2) / n_bytes
+        optimizer = trainer.optimizers[0]
+        for number, group in enumerate(optimizer.param_groups):
+            if number == 0:
+                values["optim/lr"] = group["lr"]
+            values[f"optim/lr_{group['name']}"] = group["lr"]
+        if self._ratio is not None:
+            values["optim/update_ratio"] = self._ratio.item()
+            self._ratio = None
+        values["speed/tokens_per_second"] = tokens / spent
+        values["speed/step_ms"] = 1000 * spent / len(record.steps)
+        values["speed/data_wait"] = self._waited / spent
+        values["speed/tokens"] = trainer.global_step * self.session.batch_size * self.session.block_size
+        if self.session.peak_flops is not None:
+            positions = len(record.steps) * self.session.batch_size * self.session.block_size
+            values["speed/mfu"] = task.flops_per_token * positions / spent / self.session.peak_flops
+        if task.device.type == "cuda":
+            values["memory/gib"] = torch.cuda.max_memory_allocated(task.device) / 2**30
+        else:
+            values["memory/gib"] = psutil.Process().memory_info().rss / 2**30
+        return values
+
+    def _refuse_nan(self, record: StepRecord, task: BaseTask) -> None:
+        for place, (step, loss, norm) in enumerate(zip(record.steps, record.loss, record.grad_norm, strict=True)):
+            if math.isfinite(loss) and math.isfinite(norm):
+                continue
+            earlier = ", ".join(f"{n:.4g}" for n in record.grad_norm[max(0, place - 5) : place]) or "not in this window"
+            weights = torch.stack([p.detach().float().norm() for p in task.model.parameters()]).norm().item()
+            first = step * self.session.batch_size
+            raise UserError(
+                f"Training diverged at step {step + 1}: loss {loss}, gradient norm {norm} (in the steps before: "
+                f"{earlier}), norm of all weights by now {weights:.4g}. The batch was samples {first} to "
+                f"{first + self.session.batch_size - 1}. Nothing was saved after that; the last good checkpoint is in "
+                f"{self.session.directory.checkpoints}. Start again with a lower learning rate, a longer warm-up "
+                "(schedule.warmup) or a lower task.clip_norm."
+            )
+
+
+def _measured(task: LightningModule) -> list[Tensor]:
+    taken, count = [], 0
+    for p in task.parameters():
+        if p.requires_grad and count + p.numel() <= _RATIO_ELEMENTS:
+            taken.append(p)
+            count += p.numel()
+    return taken
+
+
+@torch.no_grad()
+def _update_ratio(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """||w' - w|| / ||w|| over all of these together."""
+    change = torch.stack(list(torch._foreach_norm(torch._foreach_sub(after, before)))).norm()
+    return change / torch.stack(list(torch._foreach_norm(before))).norm()

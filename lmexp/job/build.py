@@ -1,0 +1,161 @@
+"""From configuration nodes to objects; `_target_` is the only registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import DictConfig, OmegaConf
+
+from lmexp.callback.checkpoint import CheckpointFiles
+from lmexp.contracts import Objective, UserError
+from lmexp.data.text import TextData
+from lmexp.task.base import BaseTask
+
+ROOT_KEYS = {
+    "seed": (0, None),
+    "batch_size": (1, None),
+    "max_steps": (1, None),
+    "validate_every": (1, None),
+    "log_every": (1, None),
+}
+"""Whole numbers of the root -> their least and largest value."""
+
+
+def build_node(cfg: DictConfig, key: str) -> Any:
+    """The object that a node's `_target_` makes of its other keys; `UserError` names the node for what does not fit."""
+    node = OmegaConf.select(cfg, key)
+    if node is None or "_target_" not in node:
+        raise UserError(f"{key} has no _target_; choose one of the options that python run.py --help lists for it.")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        reason = cause if cause is not None else error
+        raise UserError(f"{key} ({node._target_}): {str(reason).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The checked parts of an experiment, before any data is read."""
+
+    data: TextData
+    tokenizer: Any
+    model: Any
+    """The model's configuration; its `build` makes the model."""
+
+    objective: Objective
+    optimizer: Any
+    schedule: Any
+    sampling: Any
+    metric: Any
+
+
+def build_task(
+    cfg: DictConfig,
+    parts: Parts,
+    vocab_size: int,
+    world_size: int = 1,
+    on_meta: bool = False,
+) -> BaseTask:
+    """The LightningModule with a model at the random weights of `seed`."""
+    torch.manual_seed(cfg.seed)
+    with torch.device("meta" if on_meta else "cpu"):
+        model = parts.model.build(vocab_size)
+    if parts.data.block_size > model.max_length:
+        raise UserError(
+            f"data.block_size={parts.data.block_size} is more than model.max_length={model.max_length}; lower the one "
+            "or raise the other."
+        )
+    own = {key: value for key, value in cfg.task.items() if key != "_target_"}
+    task = get_class(cfg.task._target_)(
+        model=model,
+        optimizer=parts.optimizer.build,
+        schedule=parts.schedule,
+        metric=parts.metric,
+        max_steps=cfg.max_steps,
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        log_every=cfg.log_every,
+        flops_per_token=model.flops_per_token(parts.data.block_size),
+        compile=cfg.trainer.compile,
+        **own,
+    )
+    assert isinstance(task, BaseTask)
+    return task
+
+
+def accelerator_of(cfg: DictConfig) -> str:
+    """cpu, cuda or mps: what `trainer.accelerator` means on this machine. Raises `UserError` for what is not there."""
+    wanted = cfg.trainer.accelerator
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted == "auto":
+        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if wanted not in ("cpu", "cuda", "mps"):
+        raise UserError(f"trainer.accelerator={wanted}; expected auto, cpu, cuda or mps.")
+    if (wanted == "cuda" and not has_cuda) or (wanted == "mps" and not has_mps):
+        raise UserError(f"trainer.accelerator={wanted}: there is no such device here; use trainer=cpu or trainer=auto.")
+    return wanted
+
+
+def precision_of(cfg: DictConfig) -> str:
+    """The precision that `trainer.precision` means here."""
+    wanted = cfg.trainer.precision
+    if wanted == "auto":
+        return "bf16-mixed" if accelerator_of(cfg) == "cuda" else "32-true"
+    if wanted not in ("32-true", "bf16-mixed", "bf16-true"):
+        raise UserError(f"trainer.precision={wanted}; expected auto, 32-true, bf16-mixed or bf16-true.")
+    return wanted
+
+
+def build_trainer(
+    cfg: DictConfig,
+    world_size: int,
+    callbacks: list[Callback],
+    checkpoint_files: CheckpointFiles,
+    logger: Any = False,
+) -> Trainer:
+    """Lightning's trainer: one epoch without end, cut into steps; all that it would do by itself is off."""
+    accelerator = accelerator_of(cfg)
+    strategy: Any = "auto"
+    if cfg.trainer.strategy == "ddp":
+        strategy = DDPStrategy(
+            process_group_backend="gloo" if accelerator == "cpu" else None, gradient_as_bucket_view=True
+        )
+    elif cfg.trainer.strategy != "single":
+        raise UserError(f"trainer.strategy={cfg.trainer.strategy}; expected single or ddp.")
+    return Trainer(
+        accelerator=accelerator,
+        devices=world_size,
+        strategy=strategy,
+        precision=precision_of(cfg),  # type: ignore[arg-type]
+        max_epochs=-1,
+        max_steps=cfg.max_steps,
+        val_check_interval=cfg.validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=logger,
+        callbacks=callbacks,
+        plugins=[checkpoint_files],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        benchmark=False,
+    )
+
+
+def collect(errors: list[str], make: Callable[[], Any]) -> Any:
+    """What `make` returns; a `UserError` of it is added to `errors` and gives None."""
+    try:
+        return make()
+    except UserError as error:
+        errors.append(str(error))
+        return None

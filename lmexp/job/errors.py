@@ -1,0 +1,123 @@
+"""How a command ends: users' mistakes as one clear message, and the exit codes.
+
+0 done; 2 the user's mistake; 75 stopped by a signal with a checkpoint saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lmexp.contracts import Interrupted, UserError
+
+USER_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class ChildFailed(Exception):
+    """A process that was started for the job ended with this exit code and has said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+@contextmanager
+def exit_code_of_errors(conf: Path | None = None) -> Iterator[None]:
+    """Turn whatever is raised inside into a message and an exit code; `conf` is where did-you-mean looks."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions as they are, instead of a printed traceback and exit code 1
+    try:
+        yield
+    except UserError as error:
+        _say(str(error))
+        sys.exit(USER_ERROR)
+    except Interrupted as stop:
+        _say(str(stop), title="Stopped")
+        sys.exit(INTERRUPTED)
+    except ChildFailed as failed:
+        sys.exit(failed.code)
+    except KeyboardInterrupt:
+        _say("Interrupted before there was anything to save.", title="Stopped")
+        sys.exit(1)
+    except Exception as error:
+        message = _of_hydra(error, conf)
+        if message is None:
+            raise
+        _say(message)
+        sys.exit(USER_ERROR)
+
+
+def _say(message: str, title: str = "Error") -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds the same mistake; one says so
+        sys.stdout.flush()
+        print(f"{title}: {message}", file=sys.stderr, flush=True)
+
+
+def _of_hydra(error: Exception, conf: Path | None) -> str | None:
+    """What is wrong with the command line, if that is what Hydra complains about; None: something else."""
+    from hydra.errors import HydraException
+    from hydra.errors import MissingConfigException as MissingConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    text = str(error).strip()
+    if isinstance(error, MissingConfig) and error.missing_cfg_file is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = sorted(p.stem for p in (conf / group).glob("*.yaml")) if conf and group else []
+        return f"{group}={name}: there is no such option. {_did_you_mean(name, options)}It has {', '.join(options)}."
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown and conf:
+        key = unknown.group(1).split("@")[0]
+        return f"{key}: there is no such key or group. {_did_you_mean(key, _keys(conf))}" + (
+            "python run.py --help lists the groups, python run.py --cfg job the keys."
+        )
+    if "mismatched input" in text or "token recognition error" in text or "no viable alternative" in text:
+        return (
+            f"The command line cannot be read: {' '.join(text.split())} Put values with spaces, commas or signs in two "
+            "pairs of quotes: 'job.prompt=\"Hello, world\"'."
+        )
+    return " ".join(text.split())
+
+
+def _did_you_mean(wrong: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=2, cutoff=0.6)
+    if not close and "." not in wrong:  # perhaps the last part of a longer key
+        close = [k for k in known if k.rpartition(".")[2] == wrong][:2]
+    if not close and "." in wrong:
+        tails = {k.rpartition(".")[2]: k for k in known}
+        near = difflib.get_close_matches(wrong.rpartition(".")[2], list(tails), n=1, cutoff=0.7)
+        close = [tails[near[0]]] if near else []
+    return f"Did you mean {' or '.join(close)}? " if close else ""
+
+
+def _keys(conf: Path) -> list[str]:
+    """Every key and group that the files of conf/ know."""
+    from omegaconf import DictConfig, OmegaConf
+
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key in node:
+            name = f"{prefix}{key}"
+            if name.startswith(("hydra", "defaults")) or ".defaults" in name:
+                continue
+            keys.append(name)
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                walk(child, f"{name}.")
+
+    root = OmegaConf.load(conf / "config.yaml")
+    walk(root, "")
+    for path in sorted(conf.glob("*/*.yaml")):
+        group = path.parent.name
+        is_global = "@package _global_" in path.read_text(encoding="utf-8")
+        keys.append(group)
+        walk(OmegaConf.load(path), "" if is_global else f"{group}.")
+    return sorted(set(keys))

@@ -1,0 +1,182 @@
+"""From a plan to running processes: one here, or one for each device, which live and die together.
+
+Every rank starts from the frozen configuration, never from the command line, so that a job of several devices is
+one job also in a sweep, and no state is left to the next. Ranks find one another by the variables that `torchrun`
+sets too (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); started by it, this process is one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from lmexp.contracts import Interrupted, UserError
+from lmexp.job.errors import INTERRUPTED, ChildFailed, exit_code_of_errors
+from lmexp.job.plan import Plan
+
+_LEASH = "LMEXP_LEASH"
+"""File descriptor of a pipe whose other end the launching process holds: when it ends, so do its ranks."""
+
+_GRACE_S = 10.0
+
+
+def launch(plan: Plan) -> float | None:
+    """Run the job; returns its metric for sweepers.
+
+    Raises what the job raises, or `ChildFailed` where it ran in processes of its own, which have said why.
+    """
+    if "LOCAL_RANK" in os.environ:  # started by torchrun or the like
+        return run_here(plan)
+    count = _device_count(plan)
+    if count == 1 and not plan.in_sweep:
+        return run_here(plan)
+    return _run_in_processes(plan, count)
+
+
+def run_here(plan: Plan) -> float | None:
+    """Run the job in this process."""
+    _limit_threads(plan)
+    from hydra.utils import get_method
+
+    return get_method(plan.config.job._target_)(plan)
+
+
+def _device_count(plan: Plan) -> int:
+    devices = plan.config.trainer.devices
+    if devices == "auto":
+        if plan.config.trainer.accelerator not in ("cuda", "auto"):
+            return 1
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise UserError(f"trainer.devices={devices}; expected a number of at least 1, or auto.")
+    return devices
+
+
+def _limit_threads(plan: Plan) -> None:
+    """CPU threads of this process, set before any library reads the variable."""
+    threads = plan.config.trainer.threads
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UserError(f"trainer.threads={threads}; expected a number of at least 1, or null.")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if threads is None and local > 1:
+        threads = max(1, _cores() // local)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_in_processes(plan: Plan, count: int) -> float | None:
+    with tempfile.TemporaryDirectory(prefix="lmexp-") as folder:
+        plan_file, result_file = Path(folder, "plan.json"), Path(folder, "result.json")
+        plan_file.write_text(plan.to_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "lmexp.job.launch", str(plan_file), str(result_file)]
+        read_end, write_end = os.pipe()
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(count):
+                environment = {**os.environ, _LEASH: str(read_end), **_rank_variables(rank, count)}
+                stdin = None if rank == 0 else subprocess.DEVNULL
+                ranks.append(subprocess.Popen(command, env=environment, pass_fds=(read_end,), stdin=stdin))
+            code = _wait(ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.wait()
+            os.close(read_end)
+            os.close(write_end)
+        if code == INTERRUPTED:
+            raise Interrupted("all processes stopped with a checkpoint saved; go on with resume=auto.")
+        if code:
+            raise ChildFailed(code)
+        return json.loads(result_file.read_text())["metric"]
+
+
+def _rank_variables(rank: int, count: int) -> dict[str, str]:
+    if count == 1:
+        return {}
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["LMEXP_PORT"] = str(free.getsockname()[1])
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.environ["LMEXP_PORT"],
+    }
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; signals are handed on, and once one has failed the others are ended. Returns the exit code."""
+
+    def hand_on(number: int, frame: Any) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    old = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)} if in_main else {}
+    try:
+        failed_at: float | None = None
+        while any(process.poll() is None for process in ranks):
+            if failed_at is None and any(process.poll() for process in ranks):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > _GRACE_S:
+                for process in ranks:
+                    process.kill()
+            time.sleep(0.05)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    codes = [process.returncode for process in ranks]
+    wrong = [code for code in codes if code]
+    if not wrong:
+        return 0
+    for known in (2, 1):
+        if known in wrong:
+            return known
+    return INTERRUPTED if set(wrong) == {INTERRUPTED} else 1
+
+
+def _follow_the_launcher() -> None:
+    """End this process at once when the one that launched it is gone, however that ended."""
+    handle = os.environ.pop(_LEASH, None)
+    if handle is None:
+        return
+
+    def wait() -> None:
+        os.read(int(handle), 1)  # nothing is ever written: it returns when the other end closes
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="leash").start()
+
+
+def main(plan_file: str, result_file: str) -> None:
+    """What a rank runs: the plan of a file; rank 0 writes the metric to another."""
+    _follow_the_launcher()
+    with exit_code_of_errors():
+        metric = run_here(Plan.from_json(Path(plan_file).read_text(encoding="utf-8")))
+        if os.environ.get("RANK", "0") == "0":
+            Path(result_file).write_text(json.dumps({"metric": metric}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

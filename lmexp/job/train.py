@@ -1,0 +1,293 @@
+"""Train: from a plan to a run on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from lmexp.callback.base import RunCallback
+from lmexp.callback.checkpoint import CheckpointFiles
+from lmexp.callback.progress import clock
+from lmexp.callback.samples import Samples
+from lmexp.contracts import UserError
+from lmexp.data.text import TextData
+from lmexp.job.build import Parts, accelerator_of, build_node, build_task, build_trainer, precision_of
+from lmexp.job.check import check, check_directory, seconds_of
+from lmexp.job.plan import Plan
+from lmexp.run import checkpoint as files
+from lmexp.run import environment, events
+from lmexp.run.directory import RunDirectory, disk_errors, write_atomically, write_json
+from lmexp.run.flops import peak_flops
+from lmexp.run.session import Session
+from lmexp.run.terminal import Terminal
+from lmexp.task.base import BaseTask
+
+MAY_CHANGE = ("trainer", "max_steps", "max_time", "resume", "paths", "log_every", "logger", "job", "ckpt", "out")
+"""Keys of the root that a resumed run may have otherwise: how fast, how long, where; never what is computed."""
+
+
+def train(plan: Plan) -> float:
+    """Run the training job; returns the final value of the metric that picks the best checkpoint."""
+    cfg = plan.config
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    _quiet_libraries()
+    parts = check(cfg, world_size)
+    directory = check_directory(cfg)
+    terminal = Terminal(quiet=rank > 0)
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors(directory.path, "Writing the run"))
+        stack.enter_context(directory.open() if rank == 0 else nullcontext())
+        terminal.open_log(directory.log)
+        stack.callback(terminal.close)
+        return _train(plan, parts, directory, terminal, rank, world_size)
+
+
+def _train(
+    plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int
+) -> float:
+    cfg = plan.config
+    found = files.last_valid(directory.checkpoints, terminal.print) if cfg.resume == "auto" else None
+    checkpoint = found[1] if found else None
+    if checkpoint is not None:
+        refuse_changes(cfg, checkpoint["lmexp"]["config"])
+    data = prepare_data(cfg, parts, terminal)
+    record = {
+        "config": OmegaConf.to_container(cfg),
+        "tokenizer": data.tokenizer.to_json(),
+        "data": data.corpus.fingerprint(),
+    }
+    if checkpoint is not None:
+        _refuse_other_data(checkpoint["lmexp"], record)
+    task = build_task(cfg, parts, data.tokenizer.vocab_size, world_size)
+    session = _session(plan, data, task, directory, terminal, record, world_size)
+    if checkpoint is not None:
+        entry = checkpoint["lmexp"]
+        session.steps_before, session.seconds_before = entry["step"], entry["seconds"]
+        session.metrics |= entry["metrics"]
+        if entry["step"] >= cfg.max_steps:
+            terminal.print(f"This run has its {entry['step']} steps already; nothing is left to train.")
+            return _finish(cfg, session, rank)
+    if rank == 0:
+        if cfg.resume == "auto":
+            events.keep_until(directory.path, session.steps_before if checkpoint else -1)
+        _describe(plan, session, checkpoint)
+
+    callbacks = _callbacks(cfg, parts, session)
+    checkpoint_files = CheckpointFiles()
+    if found:
+        checkpoint_files.read[str(found[0])] = found[1]
+    logger: Any = build_node(cfg, "logger") if rank == 0 else False
+    trainer = build_trainer(cfg, world_size, callbacks, checkpoint_files, logger)
+    terminal.print(_summary(task, session, cfg, world_size))
+    if checkpoint is not None:
+        terminal.print(f"Going on from {found[0].name if found else ''}, after step {session.steps_before}.")
+    trainer.fit(task, datamodule=data, ckpt_path=str(found[0]) if found else None)
+    for callback in callbacks:
+        if isinstance(callback, Samples) and callback.latest:
+            terminal.print(f"\n[bold]A sample[/bold]\n{_plain(callback.latest[0])}\n")
+    session.metrics["seconds"] = session.seconds
+    session.metrics["steps"] = trainer.global_step
+    return _finish(cfg, session, rank)
+
+
+def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: Any = None) -> TextData:
+    """The data module, tokenized and open; `tokenizer`: that of a checkpoint, instead of the configured one."""
+    start = time.perf_counter()
+    data = parts.data.configure(
+        tokenizer if tokenizer is not None else parts.tokenizer,
+        parts.objective,
+        cfg.batch_size,
+        cfg.seed,
+        cfg.max_samples,
+    )
+    data.prepare(terminal.console)
+    if data.report.splits:
+        sample = " ".join(data.report.sample.split())[:200]
+        terminal.print(f"Data ready in {time.perf_counter() - start:.1f} s. It reads: {_plain(sample)}")
+    return data
+
+
+def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
+    """Raise `UserError` if a resumed run would compute something else than it did before."""
+    old, new = _flat(before), _flat(OmegaConf.to_container(cfg))
+    changed = [
+        f"{key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+        for key in sorted(old.keys() | new.keys())
+        if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key) and not _is_path(key)
+    ]
+    if changed:
+        raise UserError(
+            "resume=auto would go on with another computation than the run began:\n  "
+            + "\n  ".join(changed)
+            + "\nSet these as they were, or start a new run in another paths.run_dir. What may change: "
+            + ", ".join(MAY_CHANGE)
+            + "."
+        )
+
+
+def _is_path(key: str) -> bool:
+    return key.endswith("cache_dir")
+
+
+def _refuse_other_data(entry: dict[str, Any], record: dict[str, Any]) -> None:
+    if entry["tokenizer"] != record["tokenizer"]:
+        raise UserError(
+            "The tokenizer is not the one that this run began with: its training text changed. Give the run the text "
+            "that it had, or start a new one in another paths.run_dir."
+        )
+    if entry["data"] != record["data"]:
+        raise UserError(
+            "The corpus is not the one that this run began with: its content changed. Give the run the text that it "
+            "had, or start a new one in another paths.run_dir."
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _session(
+    plan: Plan,
+    data: TextData,
+    task: BaseTask,
+    directory: RunDirectory,
+    terminal: Terminal,
+    record: dict[str, Any],
+    world_size: int,
+) -> Session:
+    cfg = plan.config
+    device = torch.device(accelerator_of(cfg))
+    peak = peak_flops(device, bf16=precision_of(cfg) != "32-true")
+    n_parameters = sum(p.numel() for p in task.model.parameters())
+    hparams = {
+        **{group: plan.choices[group] for group in ("data", "tokenizer", "model", "optimizer", "schedule")},
+        **{key: cfg[key] for key in ("seed", "batch_size", "max_steps")},
+        "block_size": data.block_size,
+        "optimizer.lr": cfg.optimizer.lr,
+        "parameters": n_parameters,
+    }
+    for override in plan.overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if not key.startswith(("paths.", "resume", "hydra.", "~")):
+            hparams.setdefault(key, value)
+    return Session(
+        directory=directory,
+        terminal=terminal,
+        record=record,
+        max_steps=cfg.max_steps,
+        validate_every=cfg.validate_every,
+        log_every=cfg.log_every,
+        batch_size=cfg.batch_size,
+        block_size=data.block_size,
+        peak_flops=None if peak is None else peak * (1 if device.type == "cpu" else world_size),
+        max_seconds=seconds_of(cfg.max_time),
+        texts={
+            "config": "".join(f"    {line}\n" for line in plan.yaml.splitlines()),
+            "data": data.report.markdown(),
+            "model": _model_table(task.model),
+        },
+        hparams=hparams,
+    )
+
+
+def _model_table(model: torch.nn.Module) -> str:
+    rows = ["| part | module | parameters |", "|---|---|---:|"]
+    for name, child in model.named_children():
+        count = sum(p.numel() for p in child.parameters())
+        rows.append(f"| {name} | {type(child).__name__} | {count:,} |")
+    total = sum(p.numel() for p in model.parameters())
+    rows.append(f"| **all** (shared ones once) | {type(model).__name__} | {total:,} |")
+    return "\n".join(rows)
+
+
+def _callbacks(cfg: DictConfig, parts: Parts, session: Session) -> list[Callback]:
+    callbacks = [build_node(cfg, f"callback.{name}") for name, node in cfg.callback.items() if node is not None]
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):
+            callback.session = session
+        if isinstance(callback, Samples):
+            callback.sampling = parts.sampling
+    return callbacks
+
+
+def _describe(plan: Plan, session: Session, checkpoint: dict[str, Any] | None) -> None:
+    """Write config.yaml and environment.json; a resumed run adds its session to the latter."""
+    write_atomically(session.directory.config, plan.yaml)
+    now = environment.record()
+    path = session.directory.environment
+    if checkpoint is not None and path.exists():
+        content = json.loads(path.read_text())
+        content.setdefault("resumed", []).append({"after_step": session.steps_before, **now})
+    else:
+        content = {
+            **now,
+            "data_fingerprint": session.record["data"],
+            "tokenizer_fingerprint": environment.fingerprint(session.record["tokenizer"]),
+        }
+    write_json(path, content)
+
+
+def _summary(task: BaseTask, session: Session, cfg: DictConfig, world_size: int) -> str:
+    n = sum(p.numel() for p in task.model.parameters())
+    tokens = session.max_steps * session.batch_size * session.block_size
+    devices = f"{world_size} x {accelerator_of(cfg)}" if world_size > 1 else accelerator_of(cfg)
+    return (
+        f"Model: {type(task.model).__name__}, {n:,} parameters. Training: {session.max_steps} steps of "
+        f"{session.batch_size} x {session.block_size} tokens = {tokens:,} on {devices}, {precision_of(cfg)}.\n"
+        f"Run: {session.directory.path}"
+    )
+
+
+def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
+    """metrics.json and the table of results; returns the metric that picks the best checkpoint."""
+    metrics = dict(session.metrics)
+    metrics.setdefault("steps", session.steps_before)
+    metrics.setdefault("seconds", session.seconds_before)
+    metrics["tokens"] = metrics["steps"] * session.batch_size * session.block_size
+    if rank == 0:
+        write_json(session.directory.metrics, metrics)
+        table = Table(title="Results", title_justify="left")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for tag in sorted(metrics):
+            value = metrics[tag]
+            table.add_row(tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens") else f"{value:,.4g}")
+        session.terminal.print(table)
+        folder = session.directory.path
+        session.terminal.print(
+            f"Done in {clock(metrics['seconds'])}. The run lies in {folder}; best and last checkpoint in "
+            f"{folder / 'checkpoints'}.\nLook at it:    tensorboard --logdir {cfg.paths.log_dir}\n"
+            f"Write with it: python run.py job=generate ckpt={folder}"
+        )
+    monitor = cfg.callback.checkpoint.monitor if "checkpoint" in cfg.callback else "val/loss"
+    return float(metrics.get(monitor, float("nan")))
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _quiet_libraries() -> None:
+    """Lightning's greetings and tips, which are not about the user's run."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*pkg_resources.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
