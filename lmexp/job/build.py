@@ -59,17 +59,10 @@ class Parts:
     metric: Any
 
 
-def build_task(
-    cfg: DictConfig,
-    parts: Parts,
-    vocab_size: int,
-    world_size: int = 1,
-    on_meta: bool = False,
-) -> BaseTask:
+def build_task(cfg: DictConfig, parts: Parts, vocab_size: int) -> BaseTask:
     """The LightningModule with a model at the random weights of `seed`."""
     torch.manual_seed(cfg.seed)
-    with torch.device("meta" if on_meta else "cpu"):
-        model = parts.model.build(vocab_size)
+    model = parts.model.build(vocab_size)
     if parts.data.block_size > model.max_length:
         raise UserError(
             f"data.block_size={parts.data.block_size} is more than model.max_length={model.max_length}; lower the one "

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from lmexp.contracts import UserError
 from lmexp.job.build import ROOT_KEYS, Parts, accelerator_of, build_node, collect, precision_of
-from lmexp.run.directory import RunDirectory
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -101,13 +99,6 @@ def check_division(cfg: DictConfig, world_size: int) -> None:
             near = sorted(fits, key=lambda m: abs(m - micro))[:2]
             smaller = f", or trainer.micro_batch_size={' or '.join(str(m) for m in sorted(near))}"
         raise UserError(f"batch_size={batch} does not divide over {what}; set batch_size={nearest}{smaller}.")
-
-
-def check_directory(cfg: DictConfig) -> RunDirectory:
-    """The run's directory; `UserError` if it is taken or no run can be made there."""
-    directory = RunDirectory(Path(cfg.paths.run_dir))
-    directory.refuse_if_taken(cfg.resume)
-    return directory
 
 
 def _whole(key: str, value: Any, least: int) -> None:

@@ -20,6 +20,10 @@ USER_ERROR = 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
+ERROR_FILE = "LMEXP_ERROR_FILE"
+"""Environment variable: where a rank other than the first leaves its error for the process that launched it."""
+
+
 class ChildFailed(Exception):
     """A process that was started for the job ended with this exit code and has said why."""
 
@@ -54,9 +58,11 @@ def exit_code_of_errors(conf: Path | None = None) -> Iterator[None]:
 
 
 def _say(message: str, title: str = "Error") -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds the same mistake; one says so
+    if os.environ.get("RANK", "0") == "0":
         sys.stdout.flush()
         print(f"{title}: {message}", file=sys.stderr, flush=True)
+    elif ERROR_FILE in os.environ:  # every rank finds the same mistake; this one speaks if the first does not
+        Path(os.environ[ERROR_FILE]).write_text(f"{title}: {message}\n", encoding="utf-8")
 
 
 def _of_hydra(error: Exception, conf: Path | None) -> str | None:

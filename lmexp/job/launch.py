@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lmexp.contracts import Interrupted, UserError
-from lmexp.job.errors import INTERRUPTED, ChildFailed, exit_code_of_errors
+from lmexp.job.errors import ERROR_FILE, INTERRUPTED, ChildFailed, exit_code_of_errors
 from lmexp.job.plan import Plan
 
 _LEASH = "LMEXP_LEASH"
@@ -89,6 +89,7 @@ def _run_in_processes(plan: Plan, count: int) -> float | None:
         try:
             for rank in range(count):
                 environment = {**os.environ, _LEASH: str(read_end), **_rank_variables(rank, count)}
+                environment[ERROR_FILE] = str(Path(folder, f"error-{rank}"))
                 stdin = None if rank == 0 else subprocess.DEVNULL
                 ranks.append(subprocess.Popen(command, env=environment, pass_fds=(read_end,), stdin=stdin))
             code = _wait(ranks)
@@ -102,6 +103,9 @@ def _run_in_processes(plan: Plan, count: int) -> float | None:
         if code == INTERRUPTED:
             raise Interrupted("all processes stopped with a checkpoint saved; go on with resume=auto.")
         if code:
+            if ranks[0].returncode != code:  # the first had nothing to say about it
+                said = [p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("error-*"))]
+                print("".join(said[:1]), end="", file=sys.stderr)
             raise ChildFailed(code)
         return json.loads(result_file.read_text())["metric"]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +25,7 @@ from lmexp.callback.samples import Samples
 from lmexp.contracts import UserError
 from lmexp.data.text import TextData
 from lmexp.job.build import Parts, accelerator_of, build_node, build_task, build_trainer, precision_of
-from lmexp.job.check import check, check_directory, seconds_of
+from lmexp.job.check import check, seconds_of
 from lmexp.job.plan import Plan
 from lmexp.run import checkpoint as files
 from lmexp.run import environment, events
@@ -40,9 +43,11 @@ def train(plan: Plan) -> float:
     """Run the training job; returns the final value of the metric that picks the best checkpoint."""
     cfg = plan.config
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    _quiet_libraries()
+    quiet_libraries()
     parts = check(cfg, world_size)
-    directory = check_directory(cfg)
+    directory = RunDirectory(Path(cfg.paths.run_dir))
+    if rank == 0:  # the others would find what the first has begun
+        directory.refuse_if_taken(cfg.resume)
     terminal = Terminal(quiet=rank > 0)
     with ExitStack() as stack:
         stack.enter_context(disk_errors(directory.path, "Writing the run"))
@@ -68,7 +73,8 @@ def _train(
     }
     if checkpoint is not None:
         _refuse_other_data(checkpoint["lmexp"], record)
-    task = build_task(cfg, parts, data.tokenizer.vocab_size, world_size)
+    task = build_task(cfg, parts, data.tokenizer.vocab_size)
+    seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, data, task, directory, terminal, record, world_size)
     if checkpoint is not None:
         entry = checkpoint["lmexp"]
@@ -98,6 +104,13 @@ def _train(
     session.metrics["seconds"] = session.seconds
     session.metrics["steps"] = trainer.global_step
     return _finish(cfg, session, rank)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: Any = None) -> TextData:
@@ -282,12 +295,13 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Lightning's greetings and tips, which are not about the user's run."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 

@@ -84,7 +84,7 @@ class BaseTask(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer(self.model)
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         self._window_start = self.trainer.global_step
         self._ring = torch.zeros(self.log_every, 4, device=self.device)
 

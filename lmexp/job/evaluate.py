@@ -1,0 +1,57 @@
+"""Measure a checkpoint on a split: sums over all of its tokens, whatever the devices and batches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from lmexp.callback.checkpoint import CheckpointFiles
+from lmexp.contracts import UserError
+from lmexp.job.build import build_trainer
+from lmexp.job.plan import Plan
+from lmexp.job.restore import restore
+from lmexp.job.train import prepare_data, quiet_libraries
+from lmexp.run.directory import write_json
+from lmexp.run.terminal import Terminal
+
+
+def evaluate(plan: Plan) -> float:
+    """Print the metrics, write them to `out` if it is given; returns the loss in nats a token."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    quiet_libraries()
+    job = plan.config.job
+    if job.split not in ("train", "validation", "test"):
+        raise UserError(f"job.split={job.split}; expected train, validation or test.")
+    if job.max_blocks is not None and job.max_blocks < 1:
+        raise UserError(f"job.max_blocks={job.max_blocks}; expected at least 1, or null for the whole split.")
+    if plan.config.out is not None and not Path(plan.config.out).parent.is_dir():
+        raise UserError(f"out={plan.config.out}: there is no directory {Path(plan.config.out).parent}; make it first.")
+    terminal = Terminal(quiet=rank > 0)
+    restored = restore(plan, world_size)
+    cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
+    data = prepare_data(cfg, restored.parts, terminal, restored.tokenizer)  # type: ignore[arg-type]
+    trainer = build_trainer(restored.cfg, world_size, [], CheckpointFiles())
+    data.trainer = trainer  # the loader shares the split out among its ranks
+    loader = data.loader(job.split, job.max_blocks)
+    trainer.test(restored.task, loader, verbose=False)
+    values: dict[str, Any] = {
+        f"{job.split}/{name}": value
+        for name, value in restored.task.metric.compute().items()  # type: ignore[operator, union-attr]
+    }
+    with restored.task.metric.sync_context():  # type: ignore[operator, union-attr]
+        values |= {"tokens": int(restored.task.metric.tokens), "steps": restored.step}  # type: ignore[union-attr, arg-type]
+    if rank == 0:
+        table = Table(title=f"{restored.path}, after step {restored.step}", title_justify="left")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in values.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
+        terminal.print(table)
+        if plan.config.out is not None:
+            write_json(Path(plan.config.out), values)
+            terminal.print(f"Written to {plan.config.out}.")
+    return float(values[f"{job.split}/loss"])

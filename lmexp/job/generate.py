@@ -1,0 +1,92 @@
+"""Continue prompts with a checkpoint, streaming to the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmexp.contracts import UserError
+from lmexp.decoding.generate import generate as decode
+from lmexp.job.build import accelerator_of, precision_of
+from lmexp.job.plan import Plan
+from lmexp.job.restore import Restored, restore
+from lmexp.job.train import quiet_libraries
+from lmexp.run.directory import write_atomically
+
+
+def generate(plan: Plan) -> None:
+    """Print each continuation after its prompt; `out` gets a JSON line each, with `prompt`, `sample` and `text`."""
+    job = plan.config.job
+    for name in ("samples", "batch_size"):
+        if not isinstance(job[name], int) or job[name] < 1:
+            raise UserError(f"job.{name}={job[name]}; expected a whole number of at least 1.")
+    if plan.config.trainer.devices not in (1, "auto"):
+        raise UserError(f"trainer.devices={plan.config.trainer.devices}: generation runs on one; leave it out.")
+    quiet_libraries()
+    prompts = read_prompts(job.prompt, job.prompt_file)
+    restored = restore(plan, 1)
+    rows: list[dict[str, Any]] = [{"prompt": p, "sample": s} for p in prompts for s in range(job.samples)]
+    for first in range(0, len(rows), job.batch_size):
+        _continue(restored, rows[first : first + job.batch_size], first, stream=len(rows) == 1)
+    if plan.config.out is not None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(Path(plan.config.out), lines)
+        print(f"Written to {plan.config.out}.", file=sys.stderr)
+
+
+def read_prompts(prompt: Any, prompt_file: str | None) -> list[str]:
+    """The prompts asked for: one text, the lines of a file, or those of standard input; else one empty prompt."""
+    if prompt is not None and prompt_file is not None:
+        raise UserError("job.prompt and job.prompt_file exclude each other; give one of them.")
+    if prompt_file is None:
+        return ["" if prompt is None else str(prompt)]
+    try:
+        text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"job.prompt_file={prompt_file} cannot be read: {error}. Give a text file in UTF-8.") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        where = "standard input" if prompt_file == "-" else prompt_file
+        raise UserError(f"job.prompt_file={prompt_file}: {where} holds no prompts; expected one on each line.")
+    return lines
+
+
+def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream: bool) -> None:
+    """Fill in `text` of each row and print it; a single one is printed as it comes."""
+    tokenizer, sampling = restored.tokenizer, restored.parts.sampling
+    device = torch.device(accelerator_of(restored.cfg))
+    model = restored.task.model.to(device)
+    ids = tokenizer.encode([row["prompt"] for row in rows])
+    prompts = [[tokenizer.eos_id, *(int(i) for i in row)] for row in ids]
+    shown: list[int] = []
+    printed = ""
+
+    def show(row: int, token: int) -> None:
+        nonlocal printed
+        shown.append(token)
+        text = tokenizer.decode(shown, skip_special=True)
+        if not text.endswith("\ufffd"):  # perhaps the first bytes of a character: wait for the rest
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+
+    if stream:
+        print(rows[0]["prompt"], end="", flush=True)
+    half = precision_of(restored.cfg) != "32-true"
+    context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+    with context:
+        done = decode(
+            model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, show if stream else None, first
+        )
+    for row, tokens in zip(rows, done, strict=True):
+        row["text"] = tokenizer.decode(tokens, skip_special=True)
+    if stream:
+        print(rows[0]["text"][len(printed) :])
+        return
+    for row in rows:
+        print(f"--- {row['prompt']!r}, sample {row['sample']}")
+        print(row["prompt"] + row["text"])

@@ -1,0 +1,109 @@
+"""From a checkpoint back to a model: what `evaluate` and `generate` begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lmexp.contracts import UserError
+from lmexp.job.build import Parts, build_task
+from lmexp.job.check import check
+from lmexp.job.plan import Plan
+from lmexp.run import checkpoint as files
+from lmexp.task.base import BaseTask
+from lmexp.tokenizer.tokenizer import Tokenizer
+
+_ASKED = ("job", "ckpt", "out", "trainer", "paths", "decoding", "experiment", "debug", "logger", "callback", "seed")
+"""What the command line decides also where there is a checkpoint; the rest is the checkpoint's, `data` either's."""
+
+
+@dataclass
+class Restored:
+    """A checkpoint, read."""
+
+    cfg: DictConfig
+    """Its configuration, with what the command line asked for."""
+
+    parts: Parts
+    """The parts of that."""
+
+    task: BaseTask
+    """With the checkpoint's weights (their average, where it has one)."""
+
+    tokenizer: Tokenizer
+    """The one it was trained with."""
+
+    step: int
+    """The step it was saved after."""
+
+    path: str
+    """The file."""
+
+
+def restore(plan: Plan, world_size: int) -> Restored:
+    """Read the checkpoint that `ckpt=` names and rebuild what it holds.
+
+    Raises `UserError` for a missing or damaged one, for one whose configuration and weights do not belong together,
+    and for overrides of what a checkpoint decides.
+    """
+    if plan.config.ckpt is None:
+        raise UserError(f"job={plan.choices['job']} needs a checkpoint: ckpt=RUN_DIRECTORY or ckpt=FILE.")
+    path = files.resolve(str(plan.config.ckpt))
+    checkpoint = files.load(path)
+    entry = checkpoint["lmexp"]
+    cfg = merged(plan, entry["config"])
+    parts = check(cfg, world_size)
+    tokenizer = Tokenizer.from_json(entry["tokenizer"])
+    task = build_task(cfg, parts, tokenizer.vocab_size)
+    load_weights(task, checkpoint, str(path))
+    return Restored(cfg, parts, task, tokenizer, entry["step"], str(path))
+
+
+def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
+    """The configuration of a checkpoint with what the command line decides put in its place."""
+    cfg = OmegaConf.create(saved)
+    for key in _ASKED:
+        if key in plan.config:
+            cfg[key] = plan.config[key]
+    for override in plan.overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        top = key.split(".")[0]
+        if key == "data":
+            cfg.data = plan.config.data
+        elif top == "data":
+            OmegaConf.update(cfg, key, OmegaConf.select(plan.config, key))
+        elif top not in _ASKED:
+            raise UserError(
+                f"{key}={value}: with ckpt= the checkpoint decides this. Leave it out; what can be set is "
+                f"{', '.join(('data', *_ASKED[:6]))}."
+            )
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
+
+
+def load_weights(task: BaseTask, checkpoint: dict[str, Any], path: str) -> None:
+    """Put a checkpoint's weights, or their moving average, into a task; `UserError` for any misfit."""
+    weights = dict(checkpoint["state_dict"]) | checkpoint.get("average", {})
+    own = task.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} by its configuration"
+        for name in sorted(own.keys() & weights.keys())
+        if weights[name].shape != own[name].shape
+    ]
+    problems = [f"no {_few(missing)} in it"] * bool(missing) + [f"{_few(unknown)} not in the model"] * bool(unknown)
+    problems += shapes[:3]
+    if problems:
+        raise UserError(
+            f"Checkpoint {path} does not belong to the model of its configuration ({type(task.model).__name__}): "
+            + "; ".join(problems)
+            + ". Was its configuration edited? Use a checkpoint as it was saved."
+        )
+    task.load_state_dict(weights)
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

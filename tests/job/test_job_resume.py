@@ -1,0 +1,109 @@
+"""Whatever stops a run, going on gives the run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY, assert_same, checkpoint, command, corpus, run, scalars
+
+EXACT = ("state_dict", "optimizer_states", "TextData", "average")
+STEPS = 60
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        *TINY,
+        corpus(folder),
+        f"paths.cache_dir={folder / 'cache'}",
+        f"max_steps={STEPS}",
+        "validate_every=15",
+        "log_every=4",
+        "callback.checkpoint.every_steps=7",
+        "model=gpt",
+        "model.dropout=0.1",  # so that the random state matters
+        "callback.average.decay=0.9",
+        *[m for m in more],
+    ]
+
+
+def compare(whole: Path, parts: Path) -> None:
+    a, b = checkpoint(whole), checkpoint(parts)
+    for key in EXACT:
+        assert_same(a[key], b[key], key)
+    assert_same(a["lmexp"]["random"], b["lmexp"]["random"], "random")
+    assert_same(a["lmexp"]["best"], b["lmexp"]["best"], "best")
+    curves, pieces = scalars(whole), scalars(parts)
+    assert [step for step, _ in pieces["train/loss"]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in pieces["val/loss"]] == [15, 30, 45, 60]
+    for tag in ("train/loss", "optim/grad_norm", "val/loss", "val/bits_per_byte"):
+        assert curves[tag] == pieces[tag], tag
+
+
+def start(args: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+
+def steps_saved(folder: Path) -> int:
+    files = sorted((folder / "checkpoints").glob("step-*.ckpt"))
+    return int(files[-1].stem.split("-")[1]) if files else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_killed_at_random_moments(tmp_path: Path, devices: int) -> None:
+    trainer = ["trainer=ddp_sim"] if devices == 2 else []
+    args = arguments(tmp_path, *trainer)
+    whole = run(*args, f"paths.run_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    parts = tmp_path / "parts"
+    args += [f"paths.run_dir={parts}", "resume=auto"]
+    moments = random.Random(devices)
+    kills = 0
+    for _ in range(10 if devices == 1 else 3):
+        before = steps_saved(parts)
+        process = start(args)
+        # from when training is under way: the first checkpoint of this life, then some moment after it
+        while process.poll() is None and steps_saved(parts) == before:
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.15)
+        if process.poll() is None:
+            kills += 1
+        process.kill()
+        process.wait()
+        if steps_saved(parts) == STEPS:
+            break
+    time.sleep(1)  # ranks follow the process that launched them
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert kills >= 2
+    compare(tmp_path / "whole", parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, devices: int) -> None:
+    trainer = ["trainer=ddp_sim"] if devices == 2 else []
+    args = arguments(tmp_path, *trainer)
+    whole = run(*args, f"paths.run_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    parts = tmp_path / "parts"
+    args += [f"paths.run_dir={parts}", "resume=auto"]
+    process = start(args)
+    while process.poll() is None and steps_saved(parts) == 0:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    assert 0 < steps_saved(parts) < STEPS
+    assert not (parts / "metrics.json").exists()
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert "Going on from" in done.stdout
+    compare(tmp_path / "whole", parts)
