@@ -96,6 +96,37 @@ class Schedule(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What a window of training steps measured, read from the device at once."""
+
+    steps: list[int]
+    """The steps, counted from 0, that follow."""
+
+    loss: list[float]
+    """Nats a scored token in each step's global batch."""
+
+    tokens: list[int]
+    """Scored tokens of each step's global batch."""
+
+    n_bytes: list[float]
+    """UTF-8 bytes that these stand for."""
+
+    grad_norm: list[float]
+    """Norm of each step's mean gradient, before clipping."""
+
+
+class MeasuredTask(Protocol):
+    """A task that measures its steps on the device (`lmexp/task`)."""
+
+    flops_per_token: float
+    """FLOPs that a training step takes for each position of its batch."""
+
+    def read_window(self, step: int) -> StepRecord:
+        """What the steps since the last call up to before `step` measured. Collective."""
+        ...
+
+
 class TokenSource(Protocol):
     """An order of samples: a pure function of (seed, global sample index)."""
 

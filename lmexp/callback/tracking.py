@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -13,9 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lmexp.callback.base import RunCallback
-from lmexp.contracts import UserError
+from lmexp.contracts import MeasuredTask, StepRecord, UserError
 from lmexp.run import events
-from lmexp.task.base import BaseTask, StepRecord
 
 _RATIO_ELEMENTS = 2**24
 """The update-to-weight ratio is measured on the first parameters with so many numbers together (64 MiB): a copy of
@@ -45,6 +44,8 @@ class Tracking(RunCallback):
         self.update_ratio_every = update_ratio_every
         self._before: list[Tensor] = []
         self._ratio: Tensor | None = None
+        self._steps = self._tokens = 0  # of all windows but the first, which warms up
+        self._spent = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.session.start_clock()
@@ -89,15 +90,21 @@ class Tracking(RunCallback):
 
     def flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read and log what the steps since the last call measured. Collective."""
-        assert isinstance(pl_module, BaseTask)
         step = trainer.global_step
-        record = pl_module.read_window(step)
+        task = cast(MeasuredTask, pl_module)
+        record = task.read_window(step)
         if not record.steps:
             return
         self._refuse_nan(record, pl_module)
         now = time.perf_counter()
         spent = now - self._window_start - (self.session.paused - self._paused)
-        values = self._window_values(trainer, pl_module, record, spent)
+        values = self._window_values(trainer, task, record, spent)
+        if record.steps[0] > self.session.steps_before:
+            self._steps += len(record.steps)
+            self._tokens += sum(record.tokens)
+            self._spent += spent
+            self.session.metrics["speed/mean_step_ms"] = 1000 * self._spent / self._steps
+            self.session.metrics["speed/mean_tokens_per_second"] = self._tokens / self._spent
         self.session.metrics.update(values)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if trainer.logger is not None and trainer.is_global_zero:
@@ -108,7 +115,7 @@ class Tracking(RunCallback):
         self._left = time.perf_counter()
 
     def _window_values(
-        self, trainer: Trainer, task: BaseTask, record: StepRecord, spent: float
+        self, trainer: Trainer, task: MeasuredTask, record: StepRecord, spent: float
     ) -> dict[str, float]:
         nats = sum(loss * n for loss, n in zip(record.loss, record.tokens, strict=True))
         tokens, n_bytes = sum(record.tokens), sum(record.n_bytes)
@@ -131,18 +138,19 @@ class Tracking(RunCallback):
         if self.session.peak_flops is not None:
             positions = len(record.steps) * self.session.batch_size * self.session.block_size
             values["speed/mfu"] = task.flops_per_token * positions / spent / self.session.peak_flops
-        if task.device.type == "cuda":
-            values["memory/gib"] = torch.cuda.max_memory_allocated(task.device) / 2**30
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            values["memory/gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         else:
             values["memory/gib"] = psutil.Process().memory_info().rss / 2**30
         return values
 
-    def _refuse_nan(self, record: StepRecord, task: BaseTask) -> None:
+    def _refuse_nan(self, record: StepRecord, task: LightningModule) -> None:
         for place, (step, loss, norm) in enumerate(zip(record.steps, record.loss, record.grad_norm, strict=True)):
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
             earlier = ", ".join(f"{n:.4g}" for n in record.grad_norm[max(0, place - 5) : place]) or "not in this window"
-            weights = torch.stack([p.detach().float().norm() for p in task.model.parameters()]).norm().item()
+            weights = torch.stack([p.detach().float().norm() for p in task.parameters()]).norm().item()
             first = step * self.session.batch_size
             raise UserError(
                 f"Training diverged at step {step + 1}: loss {loss}, gradient norm {norm} (in the steps before: "

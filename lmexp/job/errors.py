@@ -81,8 +81,19 @@ def _of_hydra(error: Exception, conf: Path | None) -> str | None:
     unknown = re.match(r"Could not override '([^']+)'", text)
     if unknown and conf:
         key = unknown.group(1).split("@")[0]
-        return f"{key}: there is no such key or group. {_did_you_mean(key, _keys(conf))}" + (
+        keys = _keys(conf)
+        if key in keys:  # of another option of its group
+            options = ", ".join(f"{group}={name}" for group, name in sorted(keys[key]))
+            return f"{key}: the option chosen for {key.split('.')[0]} has no such key; these have it: {options}."
+        return f"{key}: there is no such key or group. {_did_you_mean(key, list(keys))}" + (
             "python run.py --help lists the groups, python run.py --cfg job the keys."
+        )
+    ambiguous = re.match(r"Ambiguous value for argument '([^']*)'", text)
+    if ambiguous:
+        key, _, value = ambiguous.group(1).partition("=")
+        return (
+            f"{key}={value} has commas. In two pairs of quotes it is one text: '{key}=\"{value}\"'; in brackets a list: "
+            f"'{key}=[{value}]'; and with -m each value is a job of its own."
         )
     if "mismatched input" in text or "token recognition error" in text or "no viable alternative" in text:
         return (
@@ -103,27 +114,26 @@ def _did_you_mean(wrong: str, known: list[str]) -> str:
     return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
-def _keys(conf: Path) -> list[str]:
-    """Every key and group that the files of conf/ know."""
+def _keys(conf: Path) -> dict[str, set[tuple[str, str]]]:
+    """Every key and group that the files of conf/ know -> the (group, option) that have it."""
     from omegaconf import DictConfig, OmegaConf
 
-    keys: list[str] = []
+    keys: dict[str, set[tuple[str, str]]] = {}
 
-    def walk(node: Any, prefix: str) -> None:
+    def walk(node: Any, prefix: str, owner: tuple[str, str]) -> None:
         for key in node:
             name = f"{prefix}{key}"
-            if name.startswith(("hydra", "defaults")) or ".defaults" in name:
+            if name == "hydra" or key == "defaults":
                 continue
-            keys.append(name)
+            keys.setdefault(name, set()).add(owner)
             child = node._get_node(key)
             if isinstance(child, DictConfig):
-                walk(child, f"{name}.")
+                walk(child, f"{name}.", owner)
 
-    root = OmegaConf.load(conf / "config.yaml")
-    walk(root, "")
+    walk(OmegaConf.load(conf / "config.yaml"), "", ("", ""))
     for path in sorted(conf.glob("*/*.yaml")):
         group = path.parent.name
+        keys.setdefault(group, set())
         is_global = "@package _global_" in path.read_text(encoding="utf-8")
-        keys.append(group)
-        walk(OmegaConf.load(path), "" if is_global else f"{group}.")
-    return sorted(set(keys))
+        walk(OmegaConf.load(path), "" if is_global else f"{group}.", (group, path.stem))
+    return keys

@@ -103,6 +103,7 @@ def _train(
             terminal.print(f"\n[bold]A sample[/bold]\n{_plain(callback.latest[0])}\n")
     session.metrics["seconds"] = session.seconds
     session.metrics["steps"] = trainer.global_step
+    session.metrics["parameters"] = sum(p.numel() for p in task.model.parameters())
     return _finish(cfg, session, rank)
 
 
@@ -277,7 +278,7 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
         table.add_column("value", justify="right")
         for tag in sorted(metrics):
             value = metrics[tag]
-            table.add_row(tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens") else f"{value:,.4g}")
+            table.add_row(tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens", "parameters") else f"{value:,.4g}")
         session.terminal.print(table)
         folder = session.directory.path
         session.terminal.print(

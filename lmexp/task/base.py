@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +11,9 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, UserError
+from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
 
 OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a window of training steps measured, read from the device at once."""
-
-    steps: list[int]
-    """The steps, counted from 0, that follow."""
-
-    loss: list[float]
-    """Nats a scored token in each step's global batch."""
-
-    tokens: list[int]
-    """Scored tokens of each step's global batch."""
-
-    n_bytes: list[float]
-    """UTF-8 bytes that these stand for."""
-
-    grad_norm: list[float]
-    """Norm of each step's mean gradient, before clipping."""
 
 
 class BaseTask(LightningModule):
