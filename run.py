@@ -31,7 +31,7 @@ def main() -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def run(cfg: DictConfig) -> float | None:
         with exit_code_of_errors(CONF):  # here too: Hydra would add a line of its own to each error
-            return launch(Plan.freeze(cfg, run_id))
+            return launch(Plan.freeze(cfg, run_id, sys.argv))
 
     with exit_code_of_errors(CONF):
         run()

@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,12 @@ def side(name: str, overrides: list[str], steps: int) -> float:
     return float(json.loads(done.lines[-1][1])["ms"])
 
 
+def mine(run_dir: Path, overrides: list[str]) -> float:
+    """Milliseconds a step of a run of lmexp, as it measures them."""
+    _, metrics = ours(run_dir, *overrides, "data.validation_blocks=8")
+    return float(metrics["speed/mean_step_ms"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
@@ -165,19 +172,14 @@ def main() -> None:
                 count += 1
                 timing = [f"max_steps={steps}", f"validate_every={steps}", f"log_every={max(1, min(10, steps // 10))}"]
 
-                def mine() -> float:
-                    _, metrics = ours(folder / f"run{count}", *overrides, *timing, "data.validation_blocks=8")
-                    return float(metrics["speed/mean_step_ms"])
-
-                def theirs() -> float:
-                    if other == "nanogpt":
-                        return nanogpt(copy, steps)
-                    return side(other, [*overrides, *timing] if other == "bare" else [], steps)
-
-                if pair % 2:  # neither side always runs first
-                    b, a = theirs(), mine()
+                sides = {"mine": partial(mine, folder / f"run{count}", [*overrides, *timing])}
+                if other == "nanogpt":
+                    sides["theirs"] = partial(nanogpt, copy, steps)
                 else:
-                    a, b = mine(), theirs()
+                    sides["theirs"] = partial(side, other, [*overrides, *timing] if other == "bare" else [], steps)
+                # neither side always runs first
+                times = {name: sides[name]() for name in sorted(sides, reverse=bool(pair % 2))}
+                a, b = times["mine"], times["theirs"]
                 pairs.append((a, b))
                 print(f"{title}: lmexp {a:.2f} ms, other {b:.2f} ms", flush=True)
             a, b = (median(values) for values in zip(*pairs, strict=True))

@@ -1,6 +1,6 @@
 """Start-up times, whole processes, medians.
 
-    python benchmarks/startup.py [--runs 7]
+python benchmarks/startup.py [--runs 7]
 """
 
 from __future__ import annotations

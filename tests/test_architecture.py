@@ -133,15 +133,15 @@ def test_every_key_says_what_it_means() -> None:
         for line in text.splitlines():
             key = re.match(r"\s*([a-z]\w*): \S", line)
             if key and key.group(1) not in ("defaults", "hydra", "chdir", "dir", "subdir", "mode", "output_subdir"):
-                assert "#" in line or path.name == "config.yaml" and "- " in line, f"{path}: {line}"
+                assert "#" in line or (path.name == "config.yaml" and "- " in line), f"{path}: {line}"
 
 
 def test_help_and_cfg_import_neither_torch_nor_lightning() -> None:
     for arguments in (["--help"], ["--cfg", "job", "experiment=pretrain"]):
         program = (
-            "import sys, runpy; sys.argv = ['run.py', *%r]; runpy.run_path('run.py', run_name='__main__')\n"
+            f"import sys, runpy; sys.argv = ['run.py', *{arguments!r}]; runpy.run_path('run.py', run_name='__main__')\n"
             "heavy = {'torch', 'lightning', 'datasets', 'numpy', 'tensorboard'} & set(sys.modules)\n"
-            "assert not heavy, heavy" % arguments
+            "assert not heavy, heavy"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
         assert done.returncode == 0, done.stderr

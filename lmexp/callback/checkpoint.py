@@ -212,7 +212,7 @@ def _between_steps(loop: dict[str, Any], step: int, validate_every: int) -> None
 def _random_state() -> dict[str, Any]:
     """Of Python, NumPy, torch and CUDA, as tensors and plain containers."""
     version, numbers, gauss = random.getstate()
-    kind, key, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    kind, key, position, has_gauss, cached = np.random.get_state()
     return {
         "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(key).astype(np.int64)), position, has_gauss, cached],

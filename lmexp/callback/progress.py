@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError

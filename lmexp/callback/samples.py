@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
@@ -34,7 +36,7 @@ class Samples(RunCallback):
         prompts = [[tokenizer.eos_id, *(int(i) for i in ids)] for ids in tokenizer.encode(self.prompts)]
         # eager: each new token is another shape, which a compiled model would be compiled for
         with self.session.pause(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            rows = generate(pl_module.model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size)
+            rows = generate(cast(nn.Module, pl_module.model), prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size)
         self.latest = [
             prompt + tokenizer.decode(row, skip_special=True) for prompt, row in zip(self.prompts, rows, strict=True)
         ]

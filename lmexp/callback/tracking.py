@@ -162,7 +162,8 @@ class Tracking(RunCallback):
 
 
 def _measured(task: LightningModule) -> list[Tensor]:
-    taken, count = [], 0
+    taken: list[Tensor] = []
+    count = 0
     for p in task.parameters():
         if p.requires_grad and count + p.numel() <= _RATIO_ELEMENTS:
             taken.append(p)

@@ -18,14 +18,8 @@ from lmexp.contracts import Objective, UserError
 from lmexp.data.text import TextData
 from lmexp.task.base import BaseTask
 
-ROOT_KEYS = {
-    "seed": (0, None),
-    "batch_size": (1, None),
-    "max_steps": (1, None),
-    "validate_every": (1, None),
-    "log_every": (1, None),
-}
-"""Whole numbers of the root -> their least and largest value."""
+ROOT_KEYS = {"seed": 0, "batch_size": 1, "max_steps": 1, "validate_every": 1, "log_every": 1}
+"""Whole numbers of the root -> their least value."""
 
 
 def build_node(cfg: DictConfig, key: str) -> Any:

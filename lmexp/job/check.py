@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -26,8 +27,8 @@ def seconds_of(max_time: Any) -> float | None:
 def check(cfg: DictConfig, world_size: int) -> Parts:
     """Make the parts of an experiment; raises ONE `UserError` that lists every misfit, each with its fix."""
     errors: list[str] = []
-    for key, (least, _) in ROOT_KEYS.items():
-        collect(errors, lambda key=key, least=least: _whole(key, cfg[key], least))
+    for key, least in ROOT_KEYS.items():
+        collect(errors, partial(_whole, key, cfg[key], least))
     if cfg.max_samples is not None:
         collect(errors, lambda: _whole("max_samples", cfg.max_samples, 1))
     collect(errors, lambda: seconds_of(cfg.max_time))
@@ -36,7 +37,7 @@ def check(cfg: DictConfig, world_size: int) -> Parts:
     collect(errors, lambda: check_devices(cfg, world_size))
     if not errors:
         collect(errors, lambda: check_division(cfg, world_size))
-    parts = {key: collect(errors, lambda key=key: build_node(cfg, key)) for key in _PARTS}
+    parts = {key: collect(errors, partial(build_node, cfg, key)) for key in _PARTS}
     for name in cfg.callback:
         if name != "checkpoint":
             continue

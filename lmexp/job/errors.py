@@ -83,8 +83,8 @@ def _of_hydra(error: Exception, conf: Path | None) -> str | None:
         key = unknown.group(1).split("@")[0]
         keys = _keys(conf)
         if key in keys:  # of another option of its group
-            options = ", ".join(f"{group}={name}" for group, name in sorted(keys[key]))
-            return f"{key}: the option chosen for {key.split('.')[0]} has no such key; these have it: {options}."
+            having = ", ".join(f"{group}={name}" for group, name in sorted(keys[key]))
+            return f"{key}: the option chosen for {key.split('.')[0]} has no such key; these have it: {having}."
         return f"{key}: there is no such key or group. {_did_you_mean(key, list(keys))}" + (
             "python run.py --help lists the groups, python run.py --cfg job the keys."
         )
@@ -92,8 +92,8 @@ def _of_hydra(error: Exception, conf: Path | None) -> str | None:
     if ambiguous:
         key, _, value = ambiguous.group(1).partition("=")
         return (
-            f"{key}={value} has commas. In two pairs of quotes it is one text: '{key}=\"{value}\"'; in brackets a list: "
-            f"'{key}=[{value}]'; and with -m each value is a job of its own."
+            f"{key}={value} has commas. In two pairs of quotes it is one text: '{key}=\"{value}\"'; in brackets a "
+            f"list: '{key}=[{value}]'; and with -m each value is a job of its own."
         )
     if "mismatched input" in text or "token recognition error" in text or "no viable alternative" in text:
         return (
@@ -110,7 +110,7 @@ def _did_you_mean(wrong: str, known: list[str]) -> str:
     if not close and "." in wrong:
         tails = {k.rpartition(".")[2]: k for k in known}
         near = difflib.get_close_matches(wrong.rpartition(".")[2], list(tails), n=1, cutoff=0.7)
-        close = [tails[near[0]]] if near else []
+        close = [tails[name] for name in near]
     return f"Did you mean {' or '.join(close)}? " if close else ""
 
 

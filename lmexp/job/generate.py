@@ -79,9 +79,7 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
     half = precision_of(restored.cfg) != "32-true"
     context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
     with context:
-        done = decode(
-            model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, show if stream else None, first
-        )
+        done = decode(model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, show if stream else None, first)
     for row, tokens in zip(rows, done, strict=True):
         row["text"] = tokenizer.decode(tokens, skip_special=True)
     if stream:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,8 +32,11 @@ class Plan:
     """Whether this is one job of several."""
 
     @classmethod
-    def freeze(cls, cfg: DictConfig, run_id: str) -> Plan:
+    def freeze(cls, composed: DictConfig, run_id: str, command_line: Sequence[str]) -> Plan:
         """Resolve a configuration that Hydra composed, and name the run's directory if `paths.run_dir` does not.
+
+        A job of a sweep is named by what it does not share with the others: the overrides that `command_line` has
+        only as one of several values.
 
         Raises `UserError` for an interpolation that leads nowhere or a value that is missing.
         """
@@ -41,13 +45,15 @@ class Plan:
 
         hydra_cfg = HydraConfig.get()
         in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-        choices = {group: option for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra")}
+        choices = {
+            group: option for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra")
+        }
         overrides = list(hydra_cfg.overrides.task)
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+        cfg = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
         if cfg.paths.run_dir is None:
             name = choices.get("experiment") or choices["task"]
             if in_sweep:
-                name = f"{hydra_cfg.job.num}_{slug(overrides)}"
+                name = f"{hydra_cfg.job.num}_{slug([o for o in overrides if o not in command_line])}"
                 cfg.paths.run_dir = str(Path(hydra_cfg.sweep.dir) / name)
             else:
                 cfg.paths.run_dir = str(Path(cfg.paths.log_dir) / name / run_id)

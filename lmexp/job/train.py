@@ -57,9 +57,7 @@ def train(plan: Plan) -> float:
         return _train(plan, parts, directory, terminal, rank, world_size)
 
 
-def _train(
-    plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int
-) -> float:
+def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int) -> float:
     cfg = plan.config
     found = files.last_valid(directory.checkpoints, terminal.print) if cfg.resume == "auto" else None
     checkpoint = found[1] if found else None
@@ -278,7 +276,9 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
         table.add_column("value", justify="right")
         for tag in sorted(metrics):
             value = metrics[tag]
-            table.add_row(tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens", "parameters") else f"{value:,.4g}")
+            table.add_row(
+                tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens", "parameters") else f"{value:,.4g}"
+            )
         session.terminal.print(table)
         folder = session.directory.path
         session.terminal.print(
@@ -304,5 +304,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-

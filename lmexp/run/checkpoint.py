@@ -80,7 +80,9 @@ def load(path: Path | str, map_location: str = "cpu") -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"Checkpoint {path} does not exist. Give ckpt= a run's directory or a file in its checkpoints/.")
+        raise UserError(
+            f"Checkpoint {path} does not exist. Give ckpt= a run's directory or a file in its checkpoints/."
+        )
     start = path.open("rb").read(4)
     if start != b"PK\x03\x04":
         raise UserError(f"{path} is not a checkpoint: it does not begin as the zip file that torch.save writes.")

@@ -54,7 +54,7 @@ class BaseTask(LightningModule):
         if compile:
             # in place: a wrapper would prefix every key of the state dict with _orig_mod
             self.model.compile()
-            self.model.head.compile()  # type: ignore[operator, union-attr]
+            self.model.head.compile()  # type: ignore[union-attr]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed loss () of a micro-batch over its scored positions."""
@@ -131,9 +131,7 @@ class BaseTask(LightningModule):
             values[:, :2] = sums
         rows = values.double().cpu()[[s % self.log_every for s in steps]]
         loss = (rows[:, 0] / rows[:, 2]).tolist()
-        return StepRecord(
-            steps, loss, [int(n) for n in rows[:, 2].tolist()], rows[:, 1].tolist(), rows[:, 3].tolist()
-        )
+        return StepRecord(steps, loss, [int(n) for n in rows[:, 2].tolist()], rows[:, 1].tolist(), rows[:, 3].tolist())
 
 
 def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:

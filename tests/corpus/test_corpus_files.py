@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+import operator
 import os
 
 import pytest
@@ -13,7 +15,7 @@ from lmexp.contracts import UserError
 from lmexp.corpus import content
 from lmexp.corpus.files import Files
 
-TEXTS = ["one\n", "two, \"quoted\"\nand a line", "drei ß ☃", "four\tfive"]
+TEXTS = ["one\n", 'two, "quoted"\nand a line', "drei ß ☃", "four\tfive"]
 
 
 def read(path, split="train", cache_dir=None, **options):
@@ -94,7 +96,7 @@ def test_hash_splits_are_a_partition_and_stable(tmp_path):
     path.write_text("\n".join(lines))
     options = {"unit": "line", "validation_fraction": 0.2, "test_fraction": 0.1}
     parts = {s: read(path, s, **options) for s in ("train", "validation", "test")}
-    assert sorted(sum(parts.values(), [])) == sorted(lines)
+    assert sorted(functools.reduce(operator.iadd, parts.values(), [])) == sorted(lines)
     assert not set(parts["train"]) & set(parts["validation"])
     assert 50 < len(parts["validation"]) < 150
     path.write_text("\n".join(reversed(lines)))
@@ -189,5 +191,4 @@ def test_a_split_that_gets_nothing_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("one document")
     files = Files(path=str(tmp_path / "a.txt"), validation_fraction=0.4, test_fraction=0.3)
     with pytest.raises(UserError, match="by=tail"):
-        for split in files.splits:
-            files.rows(split)
+        [files.rows(split) for split in files.splits]

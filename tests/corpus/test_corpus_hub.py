@@ -20,7 +20,10 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(params=["parquet", "jsonl", "disk"])
 def folder(request, tmp_path):
     path = tmp_path / "data"
-    sets = {"train": Dataset.from_dict({"body": TRAIN, "n": list(range(10))}), "test": Dataset.from_dict({"body": TEST})}
+    sets = {
+        "train": Dataset.from_dict({"body": TRAIN, "n": list(range(10))}),
+        "test": Dataset.from_dict({"body": TEST}),
+    }
     if request.param == "disk":
         DatasetDict(sets).save_to_disk(path)
         return path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import signal
@@ -62,7 +64,7 @@ def test_streams_offsets_and_report(tmp_path):
     assert stream.tolist() == expected
     assert stream.dtype == np.uint16
     offsets = cache.offsets("train")
-    documents = [stream[a : b - 1] for a, b in zip(offsets, offsets[1:], strict=False)]
+    documents = [stream[a : b - 1] for a, b in itertools.pairwise(offsets)]
     assert [tokenizer.decode(d) for d in documents] == [text for text in TEXTS["train"] if text]
     train, validation = cache.report.splits["train"], cache.report.splits["validation"]
     assert (train.documents, train.tokens, train.longest, train.unknown) == (3, len(expected), 1000, 0)
@@ -124,7 +126,7 @@ def test_a_damaged_cache_is_built_again_and_says_so(tmp_path, harm):
         (path / "train.offsets.npy").unlink()
     else:
         (path / "manifest.json").write_text('{"files": ')
-    console = Console(record=True, file=open(os.devnull, "w"), width=500)
+    console = Console(record=True, file=io.StringIO(), width=500)
     cache = open_cache(corpus, byte, ["train"], tmp_path, console)
     assert cache.stream("train").tokens[1] == ord("a") + 1
     assert ("is damaged" in console.export_text()) == (harm != "manifest")
@@ -132,7 +134,9 @@ def test_a_damaged_cache_is_built_again_and_says_so(tmp_path, harm):
 
 def test_an_empty_split_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"validation split of the corpus holds no text"):
-        open_cache(Lists({"train": ["a"], "validation": [""]}), Byte().train(iter(())), ["train", "validation"], tmp_path)
+        open_cache(
+            Lists({"train": ["a"], "validation": [""]}), Byte().train(iter(())), ["train", "validation"], tmp_path
+        )
     assert files_in(tmp_path) == set()
 
 
@@ -229,7 +233,8 @@ def test_opening_does_not_import_datasets_or_torch(tmp_path):
         "from lmexp.data.cache import open_cache, trained_tokenizer; "
         f"corpus = Files(path={str(text)!r}, cache_dir={str(tmp_path)!r}, validation_fraction=0.0); "
         f"tokenizer = trained_tokenizer(BPE(260), corpus, {str(tmp_path)!r}); "
-        f"open_cache(corpus, tokenizer, ['train'], {str(tmp_path)!r}); print({{'datasets', 'torch'}} & set(sys.modules))"
+        f"open_cache(corpus, tokenizer, ['train'], {str(tmp_path)!r}); "
+        "print({'datasets', 'torch'} & set(sys.modules))"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     runs = [

@@ -35,7 +35,9 @@ def test_permute_looks_uniform():
     assert (out == np.arange(50_000)).sum() < 8
 
 
-@pytest.mark.parametrize(("n_tokens", "length", "stride"), [(1000, 9, 8), (9, 9, 8), (17, 9, 8), (1003, 8, 8), (25, 9, 8)])
+@pytest.mark.parametrize(
+    ("n_tokens", "length", "stride"), [(1000, 9, 8), (9, 9, 8), (17, 9, 8), (1003, 8, 8), (25, 9, 8)]
+)
 def test_an_epoch_is_disjoint_blocks_within_the_stream(n_tokens, length, stride):
     order = BlockOrder(n_tokens, length, stride, seed=3)
     n = order.n_blocks

@@ -29,7 +29,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
         "model=gpt",
         "model.dropout=0.1",  # so that the random state matters
         "callback.average.decay=0.9",
-        *[m for m in more],
+        *list(more),
     ]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lmexp.job.check import check
 from lmexp.job.evaluate import evaluate
 from lmexp.job.generate import generate
 from lmexp.job.train import train
@@ -18,6 +19,7 @@ from lmexp.run import checkpoint as files
 from lmexp.tokenizer.tokenizer import Tokenizer
 from tests.runs import ROOT, TINY, checkpoint, corpus, plan, run, scalars
 
+NEED_A_TEXT = ("shakespeare_char",)
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -178,7 +180,11 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path, capsys: pytest.Ca
     before = (finished / "checkpoints" / "last.ckpt").read_bytes()
     (finished / "metrics.json").unlink()  # as if it had been killed just before the end
     again = yaml.safe_load((finished / "config.yaml").read_text())
-    args = [*TINY, f"data.corpus.path={again['data']['corpus']['path']}", f"paths.cache_dir={again['paths']['cache_dir']}"]
+    args = [
+        *TINY,
+        f"data.corpus.path={again['data']['corpus']['path']}",
+        f"paths.cache_dir={again['paths']['cache_dir']}",
+    ]
     more = ["max_steps=12", "validate_every=5", "log_every=4", "callback.average.decay=0.5", "resume=auto"]
     train(plan(*args, *more, f"paths.run_dir={finished}"))
     assert "nothing is left to train" in capsys.readouterr().out
@@ -214,24 +220,25 @@ def test_a_compiled_runs_checkpoint_loads_uncompiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_overfits_one_batch(tmp_path: Path, name: str) -> None:
     """Composed as shipped, built small: with one batch over and over its loss falls to nearly nothing."""
-    text = [corpus(tmp_path)] if "files" in _data_of(name) else []
+    text = [corpus(tmp_path)] if name in NEED_A_TEXT else []
     small = ["model.n_layers=2", "model.d_model=64", "model.n_heads=2", "data.block_size=32", "batch_size=4"]
-    small += ["tokenizer.vocab_size=400"] if "bpe" in _tokenizer_of(name) else []
+    small += [] if name in NEED_A_TEXT else ["tokenizer.vocab_size=400"]
     args = [f"experiment={name}", "debug=overfit", *text, *small, "trainer=cpu", "data.validation_blocks=2"]
-    args += [f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={tmp_path / 'run'}", "callback.samples.prompts=[]"]
+    args += [
+        f"paths.cache_dir={tmp_path / 'cache'}",
+        f"paths.run_dir={tmp_path / 'run'}",
+        "callback.samples.prompts=[]",
+    ]
     train(plan(*args))
     curve = [value for _, value in scalars(tmp_path / "run")["train/loss"]]
     assert curve[0] > 2
     assert curve[-1] < 0.1
 
 
-def _data_of(name: str) -> str:
-    chosen = plan(f"experiment={name}", "data.corpus.path=x") if name.startswith("shakespeare") else plan(f"experiment={name}")
-    return chosen.config.data.corpus._target_
-
-
-def _tokenizer_of(name: str) -> str:
-    return plan(f"experiment={name}").config.tokenizer._target_
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_checked_as_shipped(name: str) -> None:
+    text = ["data.corpus.path=x"] if name in NEED_A_TEXT else []
+    check(plan(f"experiment={name}", *text, "trainer=cpu").config, 1)
 
 
 @pytest.mark.slow

@@ -19,7 +19,25 @@ from lmexp.tokenizer.tokenizer import EOS, UNK, Tokenizer
 from lmexp.tokenizer.unigram import Unigram
 from lmexp.tokenizer.wordpiece import WordPiece
 
-WORDS = "the cat sat on the mat while another cat watched them sitting there quietly and then left".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "the",
+    "mat",
+    "while",
+    "another",
+    "cat",
+    "watched",
+    "them",
+    "sitting",
+    "there",
+    "quietly",
+    "and",
+    "then",
+    "left",
+]
 RANDOM = np.random.default_rng(0)
 DOCUMENTS = [" ".join(RANDOM.choice(WORDS, 40)) + ".\n" for _ in range(200)]
 CONFIGS = {
