@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _EXAMPLES = """\
@@ -34,21 +37,32 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 def print_help(conf: Path) -> None:
     """Print examples, the options of every group with their first comment, and the keys of the root."""
-    print(_EXAMPLES)
+    lines = _page(conf)
+    with suppress(BrokenPipeError):  # the reader, head say, has seen enough
+        print("\n".join(lines), flush=True)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more on its way out
+
+
+def _page(conf: Path) -> list[str]:
+    page = [_EXAMPLES]
     groups = sorted(p.name for p in conf.iterdir() if p.is_dir())
     for group in [*(g for g in _ORDER if g in groups), *(g for g in groups if g not in _ORDER)]:
         options = [(p.stem, _about(p)) for p in sorted((conf / group).glob("*.yaml")) if p.stem != "base"]
-        print(f"{group}=")
+        page.append(f"{group}=")
         width = max(len(name) for name, _ in options)
         for name, about in options:
-            print(f"  {name:<{width}}  {about}"[:150])
-        print()
-    print("keys of the root (those of a group: --cfg job)")
+            page.append(f"  {name:<{width}}  {about}"[:150])
+        page.append("")
+    page.append("keys of the root (those of a group: --cfg job)")
     for line in (conf / "config.yaml").read_text(encoding="utf-8").splitlines():
         if line[:1].isalpha() and "#" in line:
             key, about = line.split("#", 1)
-            print(f"  {key.strip():<24}{about.strip()}")
-    print("\nexit codes: 0 done, 2 a mistake in what was asked, 75 stopped by a signal with a checkpoint saved, 1 else")
+            page.append(f"  {key.strip():<24}{about.strip()}")
+    page.append(
+        "\nexit codes: 0 done, 2 a mistake in what was asked, 75 stopped by a signal with a checkpoint saved, 1 else"
+    )
+    return page
 
 
 def _about(path: Path) -> str:
