@@ -5,7 +5,7 @@ This module imports nothing of lmexp and is imported by everything else; read it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
@@ -73,7 +73,7 @@ class Batch(TypedDict):
     """(B, T) int64; `IGNORE_INDEX` where nothing is scored."""
 
     n_bytes: Tensor
-    """(B,) float32: UTF-8 bytes of the scored tokens of each sequence, for bits per byte."""
+    """(B,) int64: UTF-8 bytes of the scored tokens of each sequence, for bits per byte."""
 
 
 class Objective(Protocol):
@@ -125,11 +125,3 @@ class MeasuredTask(Protocol):
     def read_window(self, step: int) -> StepRecord:
         """What the steps since the last call up to before `step` measured. Collective."""
         ...
-
-
-class TokenSource(Protocol):
-    """An order of samples: a pure function of (seed, global sample index)."""
-
-    def samples(self, indices: Sequence[int]) -> list[Sample]: ...
-
-    def __iter__(self) -> Iterator[Sample]: ...

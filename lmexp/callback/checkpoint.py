@@ -49,9 +49,11 @@ class Checkpoint(RunCallback):
     def __init__(
         self, every_steps: int | None, every_minutes: float | None, keep: int, monitor: str, mode: str
     ) -> None:
-        for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep", keep)):
+        for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
-                raise UserError(f"callback.checkpoint.{name}={value}; expected a positive number.")
+                raise UserError(f"callback.checkpoint.{name}={value}; expected a positive number, or null.")
+        if not isinstance(keep, int) or keep < 1:
+            raise UserError(f"callback.checkpoint.keep={keep}; expected a whole number of at least 1.")
         if mode not in ("min", "max"):
             raise UserError(f"callback.checkpoint.mode={mode}; expected min or max.")
         self.every_steps = every_steps
@@ -71,8 +73,9 @@ class Checkpoint(RunCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
         if self._random:
-            _set_random_state(self._random[trainer.global_rank % len(self._random)])
-            self._random = []
+            if trainer.global_rank < len(self._random):
+                _set_random_state(self._random[trainer.global_rank])
+            self._random = []  # a rank that was not there before keeps what its seed gave it
         if trainer.world_size > 1:
             # the processes agree through the CPU, so that no step waits for a GPU
             self._votes = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
@@ -139,9 +142,7 @@ class Checkpoint(RunCallback):
         trainer.save_checkpoint(folder / files.step_file(step))
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
-            files.link(folder / "last.ckpt", files.step_file(step))
-            if self.best_step is not None:
-                files.link(folder / "best.ckpt", files.step_file(self.best_step))
+            files.link_last_and_best(folder, step, self.best_step)
             for old in files.saved_steps(folder)[: -self.keep]:
                 if old not in (step, self.best_step):
                     (folder / files.step_file(old)).unlink()
@@ -163,6 +164,12 @@ class Checkpoint(RunCallback):
         return tuple(bool(vote) for vote in votes.tolist())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -189,6 +196,9 @@ class Checkpoint(RunCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         entry = checkpoint["lmexp"]
         self.best_score, self.best_step = entry["best"]["score"], entry["best"]["step"]
+        best = None if self.best_step is None else self.session.directory.checkpoints / files.step_file(self.best_step)
+        if best is not None and not best.exists():  # a later one took its place, and is damaged
+            self.best_score = self.best_step = None
         self._random = entry["random"]
 
 
@@ -218,6 +228,7 @@ def _random_state() -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(np.asarray(key).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -229,3 +240,5 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])

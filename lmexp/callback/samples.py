@@ -24,6 +24,10 @@ class Samples(RunCallback):
     def __init__(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise UserError(f"callback.samples.max_new_tokens={max_new_tokens}; expected at least 1.")
+        if isinstance(prompts, str):
+            raise UserError(
+                f"callback.samples.prompts={prompts}; expected a list: 'callback.samples.prompts=[{prompts}]'."
+            )
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
         self.latest: list[str] = []

@@ -46,11 +46,12 @@ class Tracking(RunCallback):
         self._ratio: Tensor | None = None
         self._steps = self._tokens = 0  # of all windows but the first, which warms up
         self._spent = 0.0
+        self._norms = "none yet"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.session.start_clock()
         self._window_start = self._left = time.perf_counter()
-        self._paused = self.session.paused
+        self._paused = self._paused_when_left = self.session.paused
         self._waited = 0.0
         if trainer.global_step == 0 and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             for tag, text in self.session.texts.items():
@@ -58,7 +59,8 @@ class Tracking(RunCallback):
             events.start_hparams(trainer.logger.experiment, self.session.hparams, METRIC_TAGS)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._left
+        # since the last step's end, less validation, samples and saving
+        self._waited += time.perf_counter() - self._left - (self.session.paused - self._paused_when_left)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if (trainer.global_step + 1) % self.update_ratio_every == 0:
@@ -72,7 +74,7 @@ class Tracking(RunCallback):
             self._before = []
         if trainer.global_step % self.session.log_every == 0 or trainer.global_step == self.session.max_steps:
             self.flush(trainer, pl_module)
-        self._left = time.perf_counter()
+        self._left, self._paused_when_left = time.perf_counter(), self.session.paused
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_start = time.perf_counter()
@@ -82,7 +84,13 @@ class Tracking(RunCallback):
         for tag, value in trainer.callback_metrics.items():
             if tag.startswith("val/"):
                 self.session.metrics[tag] = float(value)
-        self._left = time.perf_counter()
+        loss = self.session.metrics.get("val/loss", 0.0)
+        if trainer.state.fn == "fit" and not math.isfinite(loss):
+            raise UserError(
+                f"Training diverged: the validation loss after step {trainer.global_step} is {loss}, gradient norms "
+                f"before: {self._norms}, norm of all weights {_size(pl_module):.4g}. Nothing was saved after that; the "
+                f"last good checkpoint is in {self.session.directory.checkpoints}. {_ADVICE}"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
@@ -112,7 +120,7 @@ class Tracking(RunCallback):
                 trainer.logger.log_metrics({"train/loss": loss, "optim/grad_norm": norm}, step=at + 1)
             trainer.logger.log_metrics({k: v for k, v in values.items() if k != "train/loss"}, step=step)
         self._window_start, self._paused, self._waited = now, self.session.paused, 0.0
-        self._left = time.perf_counter()
+        self._norms = ", ".join(f"{norm:.4g}" for norm in record.grad_norm[-5:])
 
     def _window_values(
         self, trainer: Trainer, task: MeasuredTask, record: StepRecord, spent: float
@@ -150,15 +158,21 @@ class Tracking(RunCallback):
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
             earlier = ", ".join(f"{n:.4g}" for n in record.grad_norm[max(0, place - 5) : place]) or "not in this window"
-            weights = torch.stack([p.detach().float().norm() for p in task.parameters()]).norm().item()
             first = step * self.session.batch_size
             raise UserError(
                 f"Training diverged at step {step + 1}: loss {loss}, gradient norm {norm} (in the steps before: "
-                f"{earlier}), norm of all weights by now {weights:.4g}. The batch was samples {first} to "
+                f"{earlier}), norm of all weights by now {_size(task):.4g}. The batch was samples {first} to "
                 f"{first + self.session.batch_size - 1}. Nothing was saved after that; the last good checkpoint is in "
-                f"{self.session.directory.checkpoints}. Start again with a lower learning rate, a longer warm-up "
-                "(schedule.warmup) or a lower task.clip_norm."
+                f"{self.session.directory.checkpoints}. {_ADVICE}"
             )
+
+
+_ADVICE = "Start again with a lower learning rate, a longer warm-up (schedule.warmup) or a lower task.clip_norm."
+
+
+def _size(task: LightningModule) -> float:
+    """Norm of all weights together."""
+    return torch.stack([p.detach().float().norm() for p in task.parameters()]).norm().item()
 
 
 def _measured(task: LightningModule) -> list[Tensor]:

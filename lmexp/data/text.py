@@ -48,8 +48,8 @@ class TextData(LightningDataModule):
             ("tokenizer_documents", tokenizer_documents, 1),
             ("validation_blocks", 1 if validation_blocks is None else validation_blocks, 1),
         ):
-            if value < least:
-                raise UserError(f"data.{name}={value}; expected at least {least}.")
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"data.{name}={value}; expected a whole number of at least {least}.")
         self.corpus = corpus
         self.cache_dir = cache_dir
         self.block_size = block_size
@@ -92,7 +92,7 @@ class TextData(LightningDataModule):
     def prepare(self, console: Any = None) -> None:
         """Train the tokenizer and build the token cache where there is none, open it, and check that it suffices.
 
-        Every process calls it; one works, the others wait. `console`, a `rich` one, shows progress and the report.
+        Every process calls it; one works, the others wait. `console`, a `rich` one, shows progress.
         """
         config = self._tokenizer_config
         corpus = self.corpus
@@ -107,8 +107,6 @@ class TextData(LightningDataModule):
         self.cache: TokenCache | None = None
         if cached:
             self.cache = open_cache(corpus, self.tokenizer, cached, self.cache_dir, console)
-            if console is not None:
-                console.print(self.report.table())
         if not corpus.streaming:
             self._check_size("train", self._order().n_blocks)
 

@@ -146,13 +146,15 @@ def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, 
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = distribution(logits, sampling)
+    if probabilities.device.type == "mps":  # has no float64
+        probabilities, ids = probabilities.cpu(), ids.cpu()
     uniform = torch.tensor([_uniform(sampling.seed, *place) for place in places], dtype=torch.float64)
     total = probabilities.double().cumsum(-1)
     end = total[:, -1:]
     # below the end even after rounding, so that no excluded token at the end of the order is drawn
-    at = torch.minimum(uniform.to(logits.device)[:, None] * end, end.nextafter(torch.zeros_like(end)))
+    at = torch.minimum(uniform.to(ids.device)[:, None] * end, end.nextafter(torch.zeros_like(end)))
     chosen = torch.searchsorted(total, at, right=True)
-    return ids.gather(-1, chosen)[:, 0]
+    return ids.gather(-1, chosen)[:, 0].to(logits.device)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

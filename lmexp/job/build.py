@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,6 @@ from lmexp.contracts import Objective, UserError
 from lmexp.data.text import TextData
 from lmexp.task.base import BaseTask
 
-ROOT_KEYS = {"seed": 0, "batch_size": 1, "max_steps": 1, "validate_every": 1, "log_every": 1}
-"""Whole numbers of the root -> their least value."""
-
 
 def build_node(cfg: DictConfig, key: str) -> Any:
     """The object that a node's `_target_` makes of its other keys; `UserError` names the node for what does not fit."""
@@ -33,8 +29,9 @@ def build_node(cfg: DictConfig, key: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        reason = cause if cause is not None else error
-        raise UserError(f"{key} ({node._target_}): {str(reason).splitlines()[0]}") from error
+        reason = str(cause if cause is not None else error).splitlines()[0]
+        values = ", ".join(f"{k}={v}" for k, v in node.items() if k != "_target_" and not isinstance(v, DictConfig))
+        raise UserError(f"{key} cannot be made of {values}: {reason}. Set the value that does not fit.") from error
 
 
 @dataclass(frozen=True)
@@ -51,30 +48,45 @@ class Parts:
     schedule: Any
     sampling: Any
     metric: Any
+    callbacks: list[Callback]
 
 
-def build_task(cfg: DictConfig, parts: Parts, vocab_size: int) -> BaseTask:
-    """The LightningModule with a model at the random weights of `seed`."""
+def build_task(cfg: DictConfig, parts: Parts, vocab_size: int, device: str = "cpu") -> BaseTask:
+    """The LightningModule with a model at the random weights of `seed`; on the device `meta`, only its shapes.
+
+    Raises `UserError` for values that its model or its task cannot be made of.
+    """
     torch.manual_seed(cfg.seed)
-    model = parts.model.build(vocab_size)
+    try:
+        with torch.device(device):
+            model = parts.model.build(vocab_size)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        values = ", ".join(f"{k}={v}" for k, v in cfg.model.items() if k != "_target_")
+        raise UserError(f"model cannot be made of {values}: {str(error).splitlines()[0]}") from error
     if parts.data.block_size > model.max_length:
         raise UserError(
             f"data.block_size={parts.data.block_size} is more than model.max_length={model.max_length}; lower the one "
             "or raise the other."
         )
     own = {key: value for key, value in cfg.task.items() if key != "_target_"}
-    task = get_class(cfg.task._target_)(
-        model=model,
-        optimizer=parts.optimizer.build,
-        schedule=parts.schedule,
-        metric=parts.metric,
-        max_steps=cfg.max_steps,
-        micro_batch_size=cfg.trainer.micro_batch_size,
-        log_every=cfg.log_every,
-        flops_per_token=model.flops_per_token(parts.data.block_size),
-        compile=cfg.trainer.compile,
-        **own,
-    )
+    try:
+        task = get_class(cfg.task._target_)(
+            model=model,
+            optimizer=parts.optimizer.build,
+            schedule=parts.schedule,
+            metric=parts.metric,
+            max_steps=cfg.max_steps,
+            micro_batch_size=cfg.trainer.micro_batch_size,
+            log_every=cfg.log_every,
+            flops_per_token=model.flops_per_token(parts.data.block_size),
+            compile=cfg.trainer.compile,
+            **own,
+        )
+    except TypeError as error:
+        values = ", ".join(f"{k}={v}" for k, v in own.items())
+        raise UserError(f"task cannot be made of {values}: {error}.") from error
     assert isinstance(task, BaseTask)
     return task
 
@@ -116,9 +128,7 @@ def build_trainer(
         strategy = DDPStrategy(
             process_group_backend="gloo" if accelerator == "cpu" else None, gradient_as_bucket_view=True
         )
-    elif cfg.trainer.strategy != "single":
-        raise UserError(f"trainer.strategy={cfg.trainer.strategy}; expected single or ddp.")
-    return Trainer(
+    trainer = Trainer(
         accelerator=accelerator,
         devices=world_size,
         strategy=strategy,
@@ -137,12 +147,7 @@ def build_trainer(
         use_distributed_sampler=False,
         benchmark=False,
     )
-
-
-def collect(errors: list[str], make: Callable[[], Any]) -> Any:
-    """What `make` returns; a `UserError` of it is added to `errors` and gives None."""
-    try:
-        return make()
-    except UserError as error:
-        errors.append(str(error))
-        return None
+    # Lightning would ask rank 0 before every step whether it got a signal, and wait for the device to answer; the
+    # Checkpoint callback settles that between the processes' CPUs
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from lmexp.contracts import UserError
-from lmexp.job.build import ROOT_KEYS, Parts, accelerator_of, build_node, collect, precision_of
+from lmexp.job.build import Parts, accelerator_of, build_node, build_task, precision_of
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -24,43 +27,91 @@ def seconds_of(max_time: Any) -> float | None:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-def check(cfg: DictConfig, world_size: int) -> Parts:
-    """Make the parts of an experiment; raises ONE `UserError` that lists every misfit, each with its fix."""
+def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
+    """Make the parts of an experiment; raises ONE `UserError` that lists every misfit, each with its fix.
+
+    `training`: also what only a training run needs, its batches, its callbacks, a validation split.
+    """
     errors: list[str] = []
-    for key, least in ROOT_KEYS.items():
-        collect(errors, partial(_whole, key, cfg[key], least))
+
+    def collect(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except UserError as error:
+            errors.append(str(error))
+            return None
+
+    for key in sorted(set(cfg) - ROOT_KEYS):
+        errors.append(f"{key}={cfg[key]}: no such key; nothing would read it. Leave it out.")
+    for key in sorted(set(cfg.trainer) - TRAINER_KEYS):
+        errors.append(f"trainer.{key}={cfg.trainer[key]}: no such key; nothing would read it. Leave it out.")
+    for key, least in WHOLE.items():
+        collect(partial(_whole, key, cfg[key], least))
     if cfg.max_samples is not None:
-        collect(errors, lambda: _whole("max_samples", cfg.max_samples, 1))
-    collect(errors, lambda: seconds_of(cfg.max_time))
+        collect(lambda: _whole("max_samples", cfg.max_samples, 1))
+    collect(lambda: seconds_of(cfg.max_time))
     if cfg.resume not in ("never", "auto"):
         errors.append(f"resume={cfg.resume}; expected never or auto.")
-    collect(errors, lambda: check_devices(cfg, world_size))
-    if not errors:
-        collect(errors, lambda: check_division(cfg, world_size))
-    parts = {key: collect(errors, partial(build_node, cfg, key)) for key in _PARTS}
-    for name in cfg.callback:
-        if name != "checkpoint":
-            continue
-        monitor = cfg.callback.checkpoint.monitor
-        names = [f"val/{n}" for n in getattr(parts["metric"], "names", ())]
-        if names and monitor not in names:
-            errors.append(f"callback.checkpoint.monitor={monitor}; expected one of {', '.join(names)}.")
+    collect(lambda: check_devices(cfg, world_size))
+    if not errors and training:
+        collect(lambda: check_division(cfg, world_size))
+    made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
+    callbacks = _callbacks(cfg, made["metric"], errors, collect) if training else []
+    if training and made["data"] is not None and "validation" not in made["data"].corpus.splits:
+        errors.append(
+            "data: its corpus has no validation split; name one, data.corpus.validation=SPLIT_OR_FILE, or give part of "
+            "it, data.corpus.validation_fraction=0.05."
+        )
+    parts = Parts(
+        data=made["data"],
+        tokenizer=made["tokenizer"],
+        model=made["model"],
+        objective=made["objective"],
+        optimizer=made["optimizer"],
+        schedule=made["schedule"],
+        sampling=made["decoding"],
+        metric=made["metric"],
+        callbacks=callbacks,
+    )
+    if not errors:  # what can only be seen with the parts together; the vocabulary does not matter
+        collect(lambda: build_task(cfg, parts, vocab_size=64, device="meta"))
+        last = cfg.max_steps - 1
+        collect(lambda: [parts.schedule(step, cfg.max_steps) for step in (0, last // 2, last)])
     if errors:
         numbered = "".join(f"\n  {n}. {error}" for n, error in enumerate(errors, 1))
         raise UserError(errors[0] if len(errors) == 1 else f"{len(errors)} things do not fit:{numbered}")
-    return Parts(
-        data=parts["data"],
-        tokenizer=parts["tokenizer"],
-        model=parts["model"],
-        objective=parts["objective"],
-        optimizer=parts["optimizer"],
-        schedule=parts["schedule"],
-        sampling=parts["decoding"],
-        metric=parts["metric"],
-    )
+    return parts
 
+
+WHOLE = {"seed": 0, "batch_size": 1, "max_steps": 1, "validate_every": 1, "log_every": 1}
+"""Whole numbers of the root -> their least value."""
 
 _PARTS = ("data", "tokenizer", "model", "objective", "optimizer", "schedule", "decoding", "metric")
+
+ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "out"} | {
+    *("job", "task", "callback", "logger", "trainer", "paths")
+}
+"""Every key of the root that something reads."""
+
+TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "micro_batch_size", "threads"}
+"""Every key of `trainer` that something reads."""
+
+
+def _callbacks(
+    cfg: DictConfig, metric: Any, errors: list[str], collect: Callable[[Callable[[], Any]], Any]
+) -> list[Any]:
+    for needed in ("tracking", "checkpoint"):
+        if cfg.callback.get(needed) is None:
+            errors.append(
+                f"callback.{needed} is missing, and a run cannot do without; its own keys say how much it does."
+            )
+    names = [name for name, node in cfg.callback.items() if node is not None]
+    made = {name: collect(partial(build_node, cfg, f"callback.{name}")) for name in names}
+    checkpoint = made.pop("checkpoint", None)
+    measured = [f"val/{name}" for name in getattr(metric, "names", ())]
+    if checkpoint is not None and measured and checkpoint.monitor not in measured:
+        errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
+    return [*made.values(), checkpoint]  # last, whatever was added: it saves what the others did
 
 
 def check_devices(cfg: DictConfig, world_size: int) -> None:
@@ -80,6 +131,8 @@ def check_devices(cfg: DictConfig, world_size: int) -> None:
             f"trainer.devices={world_size}, but there {'is' if there == 1 else 'are'} {there}; set "
             f"trainer.devices={there} or fewer."
         )
+    if cfg.trainer.strategy not in ("single", "ddp"):
+        raise UserError(f"trainer.strategy={cfg.trainer.strategy}; expected single or ddp.")
     if not isinstance(cfg.trainer.compile, bool):
         raise UserError(f"trainer.compile={cfg.trainer.compile}; expected true or false.")
 
@@ -100,6 +153,18 @@ def check_division(cfg: DictConfig, world_size: int) -> None:
             near = sorted(fits, key=lambda m: abs(m - micro))[:2]
             smaller = f", or trainer.micro_batch_size={' or '.join(str(m) for m in sorted(near))}"
         raise UserError(f"batch_size={batch} does not divide over {what}; set batch_size={nearest}{smaller}.")
+
+
+def check_out(out: Any) -> None:
+    """Raise `UserError` unless a file can be written at `out`, before the work is done."""
+    if out is None:
+        return
+    path = Path(str(out))
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise UserError(f"out={out}: {what}; expected a path for a file in a directory that exists.")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"out={out}: {path.parent} cannot be written to; choose another directory.")
 
 
 def _whole(key: str, value: Any, least: int) -> None:

@@ -71,15 +71,19 @@ def _of_hydra(error: Exception, conf: Path | None) -> str | None:
     from hydra.errors import MissingConfigException as MissingConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
+    if conf is not None and "Config group override must be a string" in str(error):
+        return "A group was set to null; choose one of its options, which python run.py --help lists."
+    if conf is None or not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None  # inside a job it is a bug of ours, whose traceback is wanted
     text = str(error).strip()
     if isinstance(error, MissingConfig) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        options = sorted(p.stem for p in (conf / group).glob("*.yaml")) if conf and group else []
+        options = sorted(p.stem for p in (conf / group).glob("*.yaml") if p.stem != "base") if group else []
+        if not group:
+            return f"There is no configuration named {name}; expected config, the only root."
         return f"{group}={name}: there is no such option. {_did_you_mean(name, options)}It has {', '.join(options)}."
     unknown = re.match(r"Could not override '([^']+)'", text)
-    if unknown and conf:
+    if unknown:
         key = unknown.group(1).split("@")[0]
         keys = _keys(conf)
         if key in keys:  # of another option of its group

@@ -12,6 +12,7 @@ from rich.table import Table
 from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.contracts import UserError
 from lmexp.job.build import build_trainer
+from lmexp.job.check import check_out
 from lmexp.job.plan import Plan
 from lmexp.job.restore import restore
 from lmexp.job.train import prepare_data, quiet_libraries
@@ -28,8 +29,7 @@ def evaluate(plan: Plan) -> float:
         raise UserError(f"job.split={job.split}; expected train, validation or test.")
     if job.max_blocks is not None and job.max_blocks < 1:
         raise UserError(f"job.max_blocks={job.max_blocks}; expected at least 1, or null for the whole split.")
-    if plan.config.out is not None and not Path(plan.config.out).parent.is_dir():
-        raise UserError(f"out={plan.config.out}: there is no directory {Path(plan.config.out).parent}; make it first.")
+    check_out(plan.config.out)
     terminal = Terminal(quiet=rank > 0)
     restored = restore(plan, world_size)
     cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
@@ -38,12 +38,9 @@ def evaluate(plan: Plan) -> float:
     data.trainer = trainer  # the loader shares the split out among its ranks
     loader = data.loader(job.split, job.max_blocks)
     trainer.test(restored.task, loader, verbose=False)
-    values: dict[str, Any] = {
-        f"{job.split}/{name}": value
-        for name, value in restored.task.metric.compute().items()  # type: ignore[operator, union-attr]
-    }
-    with restored.task.metric.sync_context():  # type: ignore[operator, union-attr]
-        values |= {"tokens": int(restored.task.metric.tokens), "steps": restored.step}  # type: ignore[union-attr, arg-type]
+    measured: dict[str, float] = restored.task.measured  # type: ignore[assignment]
+    values: dict[str, Any] = {f"{job.split}/{name}": value for name, value in measured.items() if name != "tokens"}
+    values |= {"tokens": measured["tokens"], "steps": restored.step}
     if rank == 0:
         table = Table(title=f"{restored.path}, after step {restored.step}", title_justify="left")
         table.add_column("metric")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from lmexp.contracts import UserError
 from lmexp.decoding.generate import generate as decode
 from lmexp.job.build import accelerator_of, precision_of
+from lmexp.job.check import check_out
 from lmexp.job.plan import Plan
 from lmexp.job.restore import Restored, restore
 from lmexp.job.train import quiet_libraries
@@ -25,8 +27,11 @@ def generate(plan: Plan) -> None:
     for name in ("samples", "batch_size"):
         if not isinstance(job[name], int) or job[name] < 1:
             raise UserError(f"job.{name}={job[name]}; expected a whole number of at least 1.")
-    if plan.config.trainer.devices not in (1, "auto"):
-        raise UserError(f"trainer.devices={plan.config.trainer.devices}: generation runs on one; leave it out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"trainer.devices={plan.config.trainer.devices}: generation runs on one; set trainer.devices=1."
+        )
+    check_out(plan.config.out)
     quiet_libraries()
     prompts = read_prompts(job.prompt, job.prompt_file)
     restored = restore(plan, 1)
@@ -78,7 +83,8 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
         print(rows[0]["prompt"], end="", flush=True)
     half = precision_of(restored.cfg) != "32-true"
     context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
-    with context:
+    # eager: each new token is another shape, which a compiled model would be compiled for
+    with context, torch.compiler.set_stance("force_eager"):
         done = decode(model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, show if stream else None, first)
     for row, tokens in zip(rows, done, strict=True):
         row["text"] = tokenizer.decode(tokens, skip_special=True)

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lmexp.contracts import Interrupted, UserError
-from lmexp.job.errors import ERROR_FILE, INTERRUPTED, ChildFailed, exit_code_of_errors
+from lmexp.contracts import UserError
+from lmexp.job.errors import ERROR_FILE, INTERRUPTED, USER_ERROR, ChildFailed, exit_code_of_errors
 from lmexp.job.plan import Plan
 
 _LEASH = "LMEXP_LEASH"
@@ -64,15 +64,17 @@ def _device_count(plan: Plan) -> int:
 
 
 def _limit_threads(plan: Plan) -> None:
-    """CPU threads of this process, set before any library reads the variable."""
+    """Set the CPU threads of this process."""
     threads = plan.config.trainer.threads
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise UserError(f"trainer.threads={threads}; expected a number of at least 1, or null.")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if threads is None and local > 1:
+    if threads is None and local > 1 and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, _cores() // local)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:  # it read the variable when it was imported
+            sys.modules["torch"].set_num_threads(threads)
 
 
 def _cores() -> int:
@@ -86,12 +88,18 @@ def _run_in_processes(plan: Plan, count: int) -> float | None:
         command = [sys.executable, "-m", "lmexp.job.launch", str(plan_file), str(result_file)]
         read_end, write_end = os.pipe()
         ranks: list[subprocess.Popen[bytes]] = []
+        port = _free_port()
         try:
             for rank in range(count):
-                environment = {**os.environ, _LEASH: str(read_end), **_rank_variables(rank, count)}
+                environment = {**os.environ, _LEASH: str(read_end), **_rank_variables(rank, count, port)}
                 environment[ERROR_FILE] = str(Path(folder, f"error-{rank}"))
                 stdin = None if rank == 0 else subprocess.DEVNULL
-                ranks.append(subprocess.Popen(command, env=environment, pass_fds=(read_end,), stdin=stdin))
+                # a session of its own: the terminal's Ctrl-C comes to this process alone, which hands it on once
+                ranks.append(
+                    subprocess.Popen(
+                        command, env=environment, pass_fds=(read_end,), stdin=stdin, start_new_session=True
+                    )
+                )
             code = _wait(ranks)
         finally:
             for process in ranks:
@@ -100,9 +108,10 @@ def _run_in_processes(plan: Plan, count: int) -> float | None:
                 process.wait()
             os.close(read_end)
             os.close(write_end)
-        if code == INTERRUPTED:
-            raise Interrupted("all processes stopped with a checkpoint saved; go on with resume=auto.")
         if code:
+            killed = [f"{rank} by signal {-p.returncode}" for rank, p in enumerate(ranks) if p.returncode < 0]
+            if killed and code == 1:
+                print(f"Error: a process was ended from outside (rank {', '.join(killed)}).", file=sys.stderr)
             if ranks[0].returncode != code:  # the first had nothing to say about it
                 said = [p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("error-*"))]
                 print("".join(said[:1]), end="", file=sys.stderr)
@@ -110,13 +119,15 @@ def _run_in_processes(plan: Plan, count: int) -> float | None:
         return json.loads(result_file.read_text())["metric"]
 
 
-def _rank_variables(rank: int, count: int) -> dict[str, str]:
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
     if count == 1:
         return {}
-    if rank == 0:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["LMEXP_PORT"] = str(free.getsockname()[1])
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -124,7 +135,7 @@ def _rank_variables(rank: int, count: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(count),
         "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.environ["LMEXP_PORT"],
+        "MASTER_PORT": str(port),
     }
 
 
@@ -154,9 +165,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     wrong = [code for code in codes if code]
     if not wrong:
         return 0
-    for known in (2, 1):
-        if known in wrong:
-            return known
+    if USER_ERROR in wrong:
+        return USER_ERROR
     return INTERRUPTED if set(wrong) == {INTERRUPTED} else 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,11 @@ from lmexp.run import checkpoint as files
 from lmexp.task.base import BaseTask
 from lmexp.tokenizer.tokenizer import Tokenizer
 
-_ASKED = ("job", "ckpt", "out", "trainer", "paths", "decoding", "experiment", "debug", "logger", "callback", "seed")
+_ASKED = ("job", "ckpt", "out", "trainer", "paths", "decoding", "seed")
 """What the command line decides also where there is a checkpoint; the rest is the checkpoint's, `data` either's."""
+
+_KEPT = ("block_size", "document_mask")
+"""Keys of `data` that stay the checkpoint's when another data set is named."""
 
 
 @dataclass
@@ -54,7 +59,7 @@ def restore(plan: Plan, world_size: int) -> Restored:
     checkpoint = files.load(path)
     entry = checkpoint["lmexp"]
     cfg = merged(plan, entry["config"])
-    parts = check(cfg, world_size)
+    parts = check(cfg, world_size, training=False)
     tokenizer = Tokenizer.from_json(entry["tokenizer"])
     task = build_task(cfg, parts, tokenizer.vocab_size)
     load_weights(task, checkpoint, str(path))
@@ -62,25 +67,49 @@ def restore(plan: Plan, world_size: int) -> Restored:
 
 
 def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
-    """The configuration of a checkpoint with what the command line decides put in its place."""
+    """The configuration of a checkpoint with what the command line decides put in its place.
+
+    Raises `UserError` for overrides of what the checkpoint decides, and for parts that are not of lmexp: a
+    configuration that came with a file must not name just any function to be called.
+    """
     cfg = OmegaConf.create(saved)
+    for target in _targets(saved):
+        if not target.startswith("lmexp."):
+            raise UserError(
+                f"The checkpoint's configuration names {target}, which is no part of lmexp, and is not called."
+            )
     for key in _ASKED:
-        if key in plan.config:
-            cfg[key] = plan.config[key]
-    for override in plan.overrides:
-        key, _, value = override.lstrip("+~").partition("=")
+        cfg[key] = plan.config[key]
+    overrides = {o.lstrip("+~").partition("=")[0]: o for o in plan.overrides}
+    for key, override in overrides.items():
         top = key.split(".")[0]
         if key == "data":
-            cfg.data = plan.config.data
+            kept = {name: saved["data"][name] for name in _KEPT if f"data.{name}" not in overrides}
+            cfg.data = OmegaConf.merge(plan.config.data, kept)
         elif top == "data":
             OmegaConf.update(cfg, key, OmegaConf.select(plan.config, key))
+        elif key == "paths.cache_dir" and "data" not in overrides:
+            cfg.data.cache_dir = plan.config.paths.cache_dir
+            if "cache_dir" in cfg.data.corpus:
+                cfg.data.corpus.cache_dir = plan.config.paths.cache_dir
+        elif top == "experiment":
+            print(f"{override}: the checkpoint says what it was trained as; this is left aside.", file=sys.stderr)
         elif top not in _ASKED:
             raise UserError(
-                f"{key}={value}: with ckpt= the checkpoint decides this. Leave it out; what can be set is "
-                f"{', '.join(('data', *_ASKED[:6]))}."
+                f"{override}: with ckpt= the checkpoint decides this. Leave it out; what can be set is "
+                f"{', '.join(('data', *_ASKED))}."
             )
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                yield str(value)
+            else:
+                yield from _targets(value)
 
 
 def load_weights(task: BaseTask, checkpoint: dict[str, Any], path: str) -> None:

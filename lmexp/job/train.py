@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 from rich.table import Table
 
 from lmexp.callback.base import RunCallback
@@ -35,8 +35,13 @@ from lmexp.run.session import Session
 from lmexp.run.terminal import Terminal
 from lmexp.task.base import BaseTask
 
-MAY_CHANGE = ("trainer", "max_steps", "max_time", "resume", "paths", "log_every", "logger", "job", "ckpt", "out")
-"""Keys of the root that a resumed run may have otherwise: how fast, how long, where; never what is computed."""
+MAY_CHANGE = (
+    *("trainer", "max_steps", "max_time", "resume", "paths", "log_every", "logger", "job", "ckpt", "out"),
+    *("data.num_workers", "data.prefetch", "data.cache_dir", "callback.progress", "callback.samples", "decoding"),
+    *("callback.checkpoint.every_steps", "callback.checkpoint.every_minutes", "callback.checkpoint.keep"),
+    "data.corpus",  # where it lies; whether it is the same text is seen by its content
+)
+"""Keys that a resumed run may have otherwise: how fast, how long, where; never what is computed."""
 
 
 def train(plan: Plan) -> float:
@@ -59,50 +64,63 @@ def train(plan: Plan) -> float:
 
 def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int) -> float:
     cfg = plan.config
-    found = files.last_valid(directory.checkpoints, terminal.print) if cfg.resume == "auto" else None
-    checkpoint = found[1] if found else None
-    if checkpoint is not None:
-        refuse_changes(cfg, checkpoint["lmexp"]["config"])
+    found = files.last_valid(directory.checkpoints, terminal.print, tidy=rank == 0) if cfg.resume == "auto" else None
+    checkpoint_files = CheckpointFiles()
+    entry: dict[str, Any] | None = None
+    if found is not None:
+        entry = found[1]["lmexp"]
+        refuse_changes(cfg, entry["config"])
+        checkpoint_files.read[str(found[0])] = found[1]  # Lightning takes it from there, once
+    path = None if found is None else found[0]
+    del found
     data = prepare_data(cfg, parts, terminal)
     record = {
         "config": OmegaConf.to_container(cfg),
         "tokenizer": data.tokenizer.to_json(),
         "data": data.corpus.fingerprint(),
     }
-    if checkpoint is not None:
-        _refuse_other_data(checkpoint["lmexp"], record)
+    if entry is not None:
+        _refuse_other_data(entry, record)
     task = build_task(cfg, parts, data.tokenizer.vocab_size)
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, data, task, directory, terminal, record, world_size)
-    if checkpoint is not None:
-        entry = checkpoint["lmexp"]
+    for callback in parts.callbacks:
+        if isinstance(callback, RunCallback):
+            callback.session = session
+        if isinstance(callback, Samples):
+            callback.sampling = parts.sampling
+    logger: Any = build_node(cfg, "logger") if rank == 0 else False
+    if entry is not None:
         session.steps_before, session.seconds_before = entry["step"], entry["seconds"]
         session.metrics |= entry["metrics"]
-        if entry["step"] >= cfg.max_steps:
-            terminal.print(f"This run has its {entry['step']} steps already; nothing is left to train.")
-            return _finish(cfg, session, rank)
     if rank == 0:
         if cfg.resume == "auto":
-            events.keep_until(directory.path, session.steps_before if checkpoint else -1)
-        _describe(plan, session, checkpoint)
+            events.keep_until(directory.path, session.steps_before if entry is not None else -1)
+        _describe(plan, session, entry is not None)
+    if entry is not None and _is_done(entry, session):
+        terminal.print(f"This run has its {entry['step']} steps already; nothing is left to train.")
+        if rank == 0:
+            files.link_last_and_best(directory.checkpoints, entry["step"], entry["best"]["step"])
+            events.end_hparams(logger.experiment)
+            logger.finalize("success")
+        return _finish(cfg, session, rank)
 
-    callbacks = _callbacks(cfg, parts, session)
-    checkpoint_files = CheckpointFiles()
-    if found:
-        checkpoint_files.read[str(found[0])] = found[1]
-    logger: Any = build_node(cfg, "logger") if rank == 0 else False
-    trainer = build_trainer(cfg, world_size, callbacks, checkpoint_files, logger)
+    trainer = build_trainer(cfg, world_size, parts.callbacks, checkpoint_files, logger)
     terminal.print(_summary(task, session, cfg, world_size))
-    if checkpoint is not None:
-        terminal.print(f"Going on from {found[0].name if found else ''}, after step {session.steps_before}.")
-    trainer.fit(task, datamodule=data, ckpt_path=str(found[0]) if found else None)
-    for callback in callbacks:
+    if path is not None:
+        terminal.print(f"Going on from {path.name}, after step {session.steps_before}.")
+    trainer.fit(task, datamodule=data, ckpt_path=None if path is None else str(path), weights_only=True)
+    for callback in parts.callbacks:
         if isinstance(callback, Samples) and callback.latest:
-            terminal.print(f"\n[bold]A sample[/bold]\n{_plain(callback.latest[0])}\n")
+            terminal.print(f"\n[bold]A sample[/bold]\n{escape(callback.latest[0])}\n")
     session.metrics["seconds"] = session.seconds
     session.metrics["steps"] = trainer.global_step
-    session.metrics["parameters"] = sum(p.numel() for p in task.model.parameters())
     return _finish(cfg, session, rank)
+
+
+def _is_done(entry: dict[str, Any], session: Session) -> bool:
+    out_of_time = session.max_seconds is not None and entry["seconds"] >= session.max_seconds
+    return entry["step"] >= session.max_steps or out_of_time
 
 
 def seed_all(seed: int) -> None:
@@ -124,8 +142,9 @@ def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: A
     )
     data.prepare(terminal.console)
     if data.report.splits:
+        terminal.print(data.report.table())
         sample = " ".join(data.report.sample.split())[:200]
-        terminal.print(f"Data ready in {time.perf_counter() - start:.1f} s. It reads: {_plain(sample)}")
+        terminal.print(f"Data ready in {time.perf_counter() - start:.1f} s. It reads: {escape(sample)}")
     return data
 
 
@@ -135,7 +154,7 @@ def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
     changed = [
         f"{key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key) and not _is_path(key)
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
     ]
     if changed:
         raise UserError(
@@ -145,10 +164,6 @@ def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
             + ", ".join(MAY_CHANGE)
             + "."
         )
-
-
-def _is_path(key: str) -> bool:
-    return key.endswith("cache_dir")
 
 
 def _refuse_other_data(entry: dict[str, Any], record: dict[str, Any]) -> None:
@@ -204,7 +219,7 @@ def _session(
         log_every=cfg.log_every,
         batch_size=cfg.batch_size,
         block_size=data.block_size,
-        peak_flops=None if peak is None else peak * (1 if device.type == "cpu" else world_size),
+        peak_flops=None if peak is None else peak * world_size,
         max_seconds=seconds_of(cfg.max_time),
         texts={
             "config": "".join(f"    {line}\n" for line in plan.yaml.splitlines()),
@@ -212,6 +227,7 @@ def _session(
             "model": _model_table(task.model),
         },
         hparams=hparams,
+        metrics={"parameters": n_parameters},
     )
 
 
@@ -225,22 +241,12 @@ def _model_table(model: torch.nn.Module) -> str:
     return "\n".join(rows)
 
 
-def _callbacks(cfg: DictConfig, parts: Parts, session: Session) -> list[Callback]:
-    callbacks = [build_node(cfg, f"callback.{name}") for name, node in cfg.callback.items() if node is not None]
-    for callback in callbacks:
-        if isinstance(callback, RunCallback):
-            callback.session = session
-        if isinstance(callback, Samples):
-            callback.sampling = parts.sampling
-    return callbacks
-
-
-def _describe(plan: Plan, session: Session, checkpoint: dict[str, Any] | None) -> None:
+def _describe(plan: Plan, session: Session, resumed: bool) -> None:
     """Write config.yaml and environment.json; a resumed run adds its session to the latter."""
     write_atomically(session.directory.config, plan.yaml)
     now = environment.record()
     path = session.directory.environment
-    if checkpoint is not None and path.exists():
+    if resumed and path.exists():
         content = json.loads(path.read_text())
         content.setdefault("resumed", []).append({"after_step": session.steps_before, **now})
     else:
@@ -280,20 +286,14 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
                 tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens", "parameters") else f"{value:,.4g}"
             )
         session.terminal.print(table)
-        folder = session.directory.path
+        folder, logs = session.directory.path, Path(cfg.paths.log_dir)
+        logs = logs if logs in folder.parents else folder
         session.terminal.print(
             f"Done in {clock(metrics['seconds'])}. The run lies in {folder}; best and last checkpoint in "
-            f"{folder / 'checkpoints'}.\nLook at it:    tensorboard --logdir {cfg.paths.log_dir}\n"
+            f"{folder / 'checkpoints'}.\nLook at it:    tensorboard --logdir {logs}\n"
             f"Write with it: python run.py job=generate ckpt={folder}"
         )
-    monitor = cfg.callback.checkpoint.monitor if "checkpoint" in cfg.callback else "val/loss"
-    return float(metrics.get(monitor, float("nan")))
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    return float(metrics.get(cfg.callback.checkpoint.monitor, float("nan")))
 
 
 def quiet_libraries() -> None:

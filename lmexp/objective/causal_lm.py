@@ -29,7 +29,7 @@ class CausalLM:
         else:
             tokens = np.zeros((len(samples), length), dtype=np.int64)
             labels = np.full((len(samples), block_size), IGNORE_INDEX, dtype=np.int64)
-            n_bytes = np.zeros(len(samples), dtype=np.float32)
+            n_bytes = np.zeros(len(samples))
             for row, sample in enumerate(samples):
                 n = len(sample.tokens)
                 tokens[row, :n] = sample.tokens
@@ -42,7 +42,7 @@ class CausalLM:
         return {
             "inputs": inputs,
             "labels": torch.from_numpy(np.ascontiguousarray(labels)),
-            "n_bytes": torch.from_numpy(n_bytes.astype(np.float32, copy=False)),
+            "n_bytes": torch.from_numpy(n_bytes.astype(np.int64)),
         }
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,23 @@ from lmexp.run.directory import disk_errors
 FORMAT = 1
 """Version of the `lmexp` entry of a checkpoint."""
 
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    struct.error,
+)
+"""What reading a damaged zip file can raise, after the byte that is wrong."""
+
 _STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
+
+
+class NewerFormat(UserError):
+    """A checkpoint that is whole, but not for this version."""
 
 
 def step_file(step: int) -> str:
@@ -72,7 +90,7 @@ def link(name: Path, target: str) -> None:
         os.replace(temporary, name)
 
 
-def load(path: Path | str, map_location: str = "cpu") -> dict[str, Any]:
+def load(path: Path | str) -> dict[str, Any]:
     """Read and verify a checkpoint of a run.
 
     Raises `UserError` if the file is missing, truncated or altered (a record's CRC-32 differs), no checkpoint at
@@ -83,13 +101,17 @@ def load(path: Path | str, map_location: str = "cpu") -> dict[str, Any]:
         raise UserError(
             f"Checkpoint {path} does not exist. Give ckpt= a run's directory or a file in its checkpoints/."
         )
-    start = path.open("rb").read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"Checkpoint {path} cannot be read: {error.strerror}. Give one that you may read.") from error
     if start != b"PK\x03\x04":
         raise UserError(f"{path} is not a checkpoint: it does not begin as the zip file that torch.save writes.")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except zipfile.BadZipFile:
+    except _DAMAGE:
         broken = "its directory"
     if broken is not None:
         raise UserError(
@@ -97,13 +119,13 @@ def load(path: Path | str, map_location: str = "cpu") -> dict[str, Any]:
             "Use another one of the same run's checkpoints/."
         )
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"Checkpoint {path} holds a pickled object ({_refused_object(error)}), which could run code when it is "
             "loaded; only tensors and plain containers are read. Save its weights alone and use that file."
         ) from None
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (*_DAMAGE, KeyError) as error:
         raise UserError(f"{path} is not a checkpoint that torch.load can read ({error}).") from None
     if not isinstance(checkpoint, dict) or "lmexp" not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(
@@ -111,7 +133,7 @@ def load(path: Path | str, map_location: str = "cpu") -> dict[str, Any]:
             "Give ckpt= a run's directory or a file in its checkpoints/."
         )
     if checkpoint["lmexp"]["format"] > FORMAT:
-        raise UserError(f"Checkpoint {path} was written by a newer lmexp; this one reads format {FORMAT} at most.")
+        raise NewerFormat(f"Checkpoint {path} was written by a newer lmexp; this one reads format {FORMAT} at most.")
     return checkpoint
 
 
@@ -120,32 +142,59 @@ def _refused_object(error: Exception) -> str:
     return named.group(1) if named else "of a kind that is not allowed"
 
 
-def resolve(ckpt: str, prefer: str = "best.ckpt") -> Path:
+def link_last_and_best(directory: Path, last: int, best: int | None) -> None:
+    """Make `last.ckpt` and `best.ckpt` point to the files of these steps, as far as they are there."""
+    link(directory / "last.ckpt", step_file(last))
+    if best is not None and (directory / step_file(best)).exists():
+        link(directory / "best.ckpt", step_file(best))
+
+
+def resolve(ckpt: str) -> Path:
     """The checkpoint file that `ckpt=` means: a file, or a run's directory, whose best (else last) one is meant."""
     path = Path(ckpt)
     if path.is_dir():
-        for candidate in (path / "checkpoints" / prefer, path / "checkpoints" / "last.ckpt"):
+        for candidate in (path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"):
             if candidate.exists():
                 return candidate
+            if candidate.is_symlink():
+                raise UserError(f"{candidate} points to a file that is gone; give ckpt= one that is there.")
         raise UserError(f"ckpt={ckpt} is a directory without checkpoints/last.ckpt; expected a run's directory.")
     if not path.exists():
         raise UserError(f"ckpt={ckpt} does not exist; expected a run's directory or a checkpoint file.")
     return path
 
 
-def last_valid(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a directory that can be read, with its content; None if there is none.
+def last_valid(directory: Path, say: Callable[[str], None], tidy: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a directory that can be read, with its content; None if there is none at all.
 
-    A damaged one is passed over and `say` is told; unfinished temporary files are removed.
+    A damaged one is passed over and `say` is told. With `tidy` (one process does it) the damaged are renamed, so that
+    they are not counted any more, and unfinished temporary files are removed. Raises `UserError` if there are
+    checkpoints but none can be read, or if one was written by a newer lmexp: nothing is begun anew over them.
     """
-    for leftover in directory.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    if tidy:
+        for leftover in directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+    damaged = []
     for step in reversed(saved_steps(directory)):
         path = directory / step_file(step)
         try:
-            return path, load(path)
+            content = load(path)
+        except NewerFormat:
+            raise
         except UserError as error:
-            say(f"{error}\nFalling back to the checkpoint before it.")
+            say(str(error))
+            damaged.append(path)
+            continue
+        if damaged:
+            say(f"Falling back to {path.name}.")
+        for bad in damaged if tidy else ():
+            bad.rename(bad.with_suffix(".damaged"))
+        return path, content
+    if damaged:
+        raise UserError(
+            f"None of the checkpoints in {directory} can be read, so there is nothing to go on from. Start a new "
+            "run in another paths.run_dir, or bring back a good copy."
+        )
     return None
 
 

@@ -20,8 +20,8 @@ from lmexp.contracts import UserError
 
 
 def new_run_id() -> str:
-    """A name that sorts by time and never collides: UTC time to the second and 4 random hex digits."""
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + secrets.token_hex(2)
+    """A name that sorts by time: UTC time to the second and 8 random hex digits, so that two do not collide."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + secrets.token_hex(4)
 
 
 @contextmanager
@@ -93,10 +93,10 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         """Whether a run was started here before."""
-        return self.config.exists() or self.checkpoints.exists()
+        return self.config.exists() or any(self.checkpoints.glob("step-*.ckpt"))
 
     def refuse_if_taken(self, resume: Literal["never", "auto"]) -> None:
-        """Raise `UserError` if a run is here and `resume` is "never", or if something else than a run is here."""
+        """Raise `UserError` if a run is here and `resume` is "never", or if event files of something else are here."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"paths.run_dir={self.path} is a file; expected a directory or a path that is free.")
         if resume == "never" and self.holds_run():
@@ -105,12 +105,18 @@ class RunDirectory:
                 "Go on with that run by resume=auto, or choose another paths.run_dir."
             )
 
+        if not self.holds_run() and any(self.path.glob("events.out.tfevents.*")):
+            raise UserError(
+                f"paths.run_dir={self.path} holds TensorBoard's files of something that is no run of lmexp. Choose a "
+                "directory of its own."
+            )
+
     @contextmanager
     def open(self) -> Iterator[RunDirectory]:
         """Make the directory and hold it: a second process that wants to write the same run is refused.
 
-        The lock is the operating system's: it ends with the process, however that ends. If an error comes before
-        anything was written into a directory that this call made, the directory goes again.
+        The lock is the operating system's: it ends with the process, however that ends. If what ends the block comes
+        before a run was begun here (config.yaml), what this call made goes again.
         """
         made = [p for p in [self.path, *self.path.parents] if not p.exists()]
         with disk_errors(self.path, "Making the run's directory"):
@@ -125,8 +131,8 @@ class RunDirectory:
                 ) from None
         try:
             yield self
-        except UserError:
-            if made and not self.config.exists():
+        except BaseException:
+            if not self.holds_run():
                 self._remove_what_was_made(made)
             raise
         finally:

@@ -34,6 +34,7 @@ def keep_until(directory: Path, step: int) -> None:
     files = sorted(directory.glob("events.out.tfevents.*"))
     if not files:
         return
+    seen: set[bytes] = set()  # killed between the two steps below, a call leaves records in two files
     # the merged file takes the oldest name, which readers sort first
     merged = directory / f".{files[0].name}.tmp"
     with disk_errors(directory, "Rewriting TensorBoard's event files"):
@@ -42,7 +43,8 @@ def keep_until(directory: Path, step: int) -> None:
             for number, path in enumerate(files):
                 for record, event in read(path):
                     first_of_others = event.HasField("file_version") and number > 0  # type: ignore[attr-defined]
-                    if not first_of_others and _belongs(event, step):
+                    if not first_of_others and _belongs(event, step) and record not in seen:
+                        seen.add(record)
                         writer.write(record)
             file.flush()
             os.fsync(file.fileno())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 PEAK_TFLOPS_BF16 = {
-    # dense, without sparsity, from the vendors' data sheets; the first name that the device's name contains counts
+    # dense, without sparsity, from the vendors' data sheets; the first that is a word of the device's name counts
     "H200": 989.5,
     "GH200": 989.5,
     "H100 NVL": 835.0,
@@ -34,7 +35,7 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
     """
     if device.type == "cuda" and bf16:
         name = torch.cuda.get_device_name(device)
-        return next((rate * 1e12 for known, rate in PEAK_TFLOPS_BF16.items() if known in name), None)
+        return next((rate * 1e12 for known, rate in PEAK_TFLOPS_BF16.items() if re.search(rf"\b{known}\b", name)), None)
     if device.type == "cpu" and not bf16:
         return _measured_cpu_peak()
     return None

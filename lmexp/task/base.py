@@ -65,7 +65,7 @@ class BaseTask(LightningModule):
 
     def on_train_start(self) -> None:
         self._window_start = self.trainer.global_step
-        self._ring = torch.zeros(self.log_every, 4, device=self.device)
+        self._ring = torch.zeros(self.log_every, 4, dtype=torch.float32, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step: backward over the micro-batches, mean gradient, clip, update."""
@@ -80,21 +80,20 @@ class BaseTask(LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(count)
         micro_batches = list(split_batch(batch, self.micro_batch_size))
-        total = torch.zeros((), device=self.device)
+        # the dtypes are said: where weights are half-precision, so is the default
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, micro in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with nullcontext() if last else self._no_sync():
                 loss = self.loss_sum(micro)
                 self.manual_backward(loss)
-            total += loss.detach()
+            total += loss.detach().float()
 
         norm = self._mean_and_clip(count)
         optimizer.step()
         optimizer.zero_grad()
         assert self._ring is not None
-        self._ring[step % self.log_every] = torch.stack(
-            (total, batch["n_bytes"].sum().to(total.dtype), count.to(total.dtype), norm.to(total.dtype))
-        )
+        self._ring[step % self.log_every] = torch.stack((total, batch["n_bytes"].sum().float(), count.float(), norm))
 
     def _no_sync(self) -> Any:
         """Gradients of all but the last micro-batch stay on their device."""
@@ -108,8 +107,8 @@ class BaseTask(LightningModule):
         Data-parallel backends average over devices, which the factor world_size takes back.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        scale = self.trainer.world_size / count
-        norm = nn.utils.get_total_norm(gradients, foreach=True) * scale
+        scale = self.trainer.world_size / count.float()
+        norm = nn.utils.get_total_norm(gradients, foreach=True).float() * scale
         if self.clip_norm is not None:
             scale = scale * torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
         torch._foreach_mul_(gradients, scale)
@@ -129,7 +128,7 @@ class BaseTask(LightningModule):
             sums = values[:, :2].contiguous()
             dist.all_reduce(sums)  # counts and norms are equal on all devices already
             values[:, :2] = sums
-        rows = values.double().cpu()[[s % self.log_every for s in steps]]
+        rows = values.cpu().double()[[s % self.log_every for s in steps]]
         loss = (rows[:, 0] / rows[:, 2]).tolist()
         return StepRecord(steps, loss, [int(n) for n in rows[:, 2].tolist()], rows[:, 1].tolist(), rows[:, 3].tolist())
 

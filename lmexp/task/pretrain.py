@@ -17,27 +17,45 @@ class Pretrain(BaseTask):
 
     def __init__(self, metric: Metric, **base: Any) -> None:
         super().__init__(**base)
-        self.metric = metric
+        self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
+        self.measured: dict[str, float] = {}
+        """What the last pass over a split gave, with `tokens`, how many were scored."""
+
+    @property
+    def metric(self) -> Metric:
+        """The sums over a split."""
+        return self._metric[0]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.model(**batch["inputs"])  # (B, T, D)
         return self.model.head.loss(hidden.flatten(0, 1), batch["labels"].flatten())  # type: ignore[operator, union-attr]
 
     def on_validation_epoch_start(self) -> None:
+        self.metric.to(self.device)
         self.metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with torch.no_grad():
             for micro in split_batch(batch, self.micro_batch_size):
                 scored = (micro["labels"] != IGNORE_INDEX).sum()
-                self.metric.update(self.loss_sum(micro), scored, micro["n_bytes"].double().sum())
+                self.metric.update(self.loss_sum(micro), scored, micro["n_bytes"].sum())
 
     def on_validation_epoch_end(self) -> None:
         """Write the numbers of the split under val/, against the optimizer step."""
-        values = {f"val/{name}": value for name, value in self.metric.compute().items()}
+        self._measure()
+        values = {f"val/{name}": value for name, value in self.measured.items() if name != "tokens"}
         self.trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
         if self.logger is not None and self.trainer.state.fn == "fit":
             self.logger.log_metrics(values, step=self.trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._measure()
+
+    def _measure(self) -> None:
+        """Reduce over devices, while they are still connected."""
+        self.measured = dict(self.metric.compute())
+        with self.metric.sync_context():
+            self.measured["tokens"] = int(self.metric.tokens)  # type: ignore[arg-type]

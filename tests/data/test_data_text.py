@@ -230,7 +230,7 @@ def test_a_step_costs_little(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match=r"data.block_size=1; expected at least 2"):
+    with pytest.raises(UserError, match=r"data.block_size=1; expected a whole number of at least 2"):
         make(tmp_path, block_size=1)
     with pytest.raises(UserError, match=r"train split holds 5 tokens.*block_size=32 needs 33.*block_size=2"):
         make(tmp_path, Lists(["abc"]))

@@ -126,6 +126,24 @@ def test_validation_uses_the_average(finished: Path) -> None:
     assert measured == pytest.approx(json.loads((finished / "metrics.json").read_text())["val/loss"], rel=1e-6)
 
 
+def test_samples_are_of_the_average(finished: Path, tmp_path: Path) -> None:
+    """What was shown at the end is what the checkpoint, which gives its average, writes."""
+    out = tmp_path / "out.jsonl"
+    last = finished / "checkpoints" / "last.ckpt"
+    generate(plan("job=generate", f"ckpt={last}", "trainer=cpu", f"out={out}", "decoding.max_new_tokens=4"))
+    assert json.loads(out.read_text())["text"] in (finished / "run.log").read_text()
+
+
+def test_half_precision_weights_are_measured_in_full(tmp_path: Path) -> None:
+    args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", "max_steps=3", "validate_every=3"]
+    train(plan(*args, f"paths.run_dir={tmp_path / 'half'}", "trainer.precision=bf16-true"))
+    train(plan(*args, f"paths.run_dir={tmp_path / 'full'}"))
+    half, full = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("half", "full"))
+    for tag in ("val/loss", "val/bits_per_byte", "train/bits_per_byte"):
+        assert half[tag] == pytest.approx(full[tag], rel=5e-3)
+    assert half["val/loss"] / half["val/bits_per_byte"] == pytest.approx(full["val/loss"] / full["val/bits_per_byte"])
+
+
 def test_the_average_is_that_of_the_formula(tmp_path: Path) -> None:
     out = tmp_path / "run"
     args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={out}", "max_steps=3"]

@@ -6,9 +6,9 @@ import errno
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -48,20 +48,21 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-def test_every_flipped_byte_of_the_data_is_found(tmp_path: Path) -> None:
+def test_flipped_bits_are_found(tmp_path: Path) -> None:
+    """Wherever they are: either the content is still right, or the file is refused."""
     path = tmp_path / "a.ckpt"
     files.save(content(1.0), path)
     whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        info = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
-        start = info.header_offset + 30 + len(info.filename)
-    for place in (start + 100, start + 300, len(whole) // 2):
+    refused = 0
+    for place in np.random.default_rng(0).integers(0, len(whole), 400):
         damaged = bytearray(whole)
-        damaged[place] ^= 1
+        damaged[place] ^= 1 << (int(place) % 8)
         path.write_bytes(damaged)
-        if bytes(damaged)[place] != whole[place]:
-            with pytest.raises(UserError):
-                files.load(path)
+        try:
+            assert torch.equal(files.load(path)["state_dict"]["w"], torch.ones(100))
+        except UserError:
+            refused += 1
+    assert refused > 100
 
 
 def test_the_last_valid_one_is_found_and_said(tmp_path: Path) -> None:
@@ -73,8 +74,8 @@ def test_the_last_valid_one_is_found_and_said(tmp_path: Path) -> None:
     found = files.last_valid(tmp_path, said.append)
     assert found is not None
     assert found[0].name == files.step_file(2)
-    assert len(said) == 1
-    assert "Falling back" in said[0]
+    assert len(said) == 2
+    assert said[1] == f"Falling back to {files.step_file(2)}."
     assert not list(tmp_path.glob(".*"))
     assert files.last_valid(tmp_path / "none", said.append) is None
 
@@ -132,7 +133,7 @@ def test_a_directory_is_removed_if_nothing_came_of_it(tmp_path: Path) -> None:
 
 
 def test_run_ids_do_not_collide() -> None:
-    assert len({new_run_id() for _ in range(50)}) >= 49
+    assert len({new_run_id() for _ in range(50)}) == 50
 
 
 def test_other_errors_of_the_disk_pass_through(tmp_path: Path) -> None:
