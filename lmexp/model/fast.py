@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import UserError
@@ -22,6 +23,7 @@ from lmexp.model.layers import (
     Rotary,
     Visible,
     attend,
+    check_fraction,
     check_heads,
     check_positive,
     relu_squared,
@@ -73,6 +75,9 @@ class FastConfig:
     residual_gates: bool = False
     """Before each block the stream becomes a * x + b * embedding, with learned a (from 1) and b (from 0)."""
 
+    dropout: float = 0.0
+    """Share of numbers dropped from sublayer outputs in training; in [0, 1). Pays where text is seen several times."""
+
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths: the longest is 2 pi * theta positions."""
 
@@ -93,6 +98,7 @@ class FastConfig:
             softcap=1 if self.softcap is None else self.softcap,
         )
         check_heads("model", self.d_model, self.n_heads)
+        check_fraction("model", dropout=self.dropout)
         if not 0 <= self.value_layers <= self.n_layers:
             raise UserError(f"model.value_layers={self.value_layers}; expected 0 to n_layers={self.n_layers}.")
 
@@ -179,6 +185,7 @@ class Block(nn.Module):
     def __init__(self, c: FastConfig, layer: int) -> None:
         super().__init__()
         d_ff = c.d_ff or 4 * c.d_model
+        self.dropout = c.dropout
         self.attention = Attention(c, layer)
         self.expand = nn.Linear(c.d_model, d_ff, bias=False)
         self.contract = nn.Linear(d_ff, c.d_model, bias=False)
@@ -186,8 +193,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], extra: Tensor | None, seen: Visible, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.attention(unit_rms(x), tables, extra, seen, cache)
-        return x + self.contract(relu_squared(self.expand(unit_rms(x))))
+        x = x + self._dropped(self.attention(unit_rms(x), tables, extra, seen, cache))
+        return x + self._dropped(self.contract(relu_squared(self.expand(unit_rms(x)))))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class Attention(nn.Module):

@@ -48,7 +48,8 @@ def compare(whole: Path, parts: Path) -> None:
 
 def start(args: list[str]) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command(*args), **quiet, env=environment, start_new_session=True)
 
 
 def steps_saved(folder: Path) -> int:
@@ -67,13 +68,15 @@ def test_killed_at_random_moments(tmp_path: Path, devices: int) -> None:
     args += [f"paths.run_dir={parts}", "resume=auto"]
     moments = random.Random(devices)
     kills = 0
-    for _ in range(10 if devices == 1 else 3):
+    for kill in range(10 if devices == 1 else 4):
         before = steps_saved(parts)
         process = start(args)
-        # from when training is under way: the first checkpoint of this life, then some moment after it
-        while process.poll() is None and steps_saved(parts) == before:
-            time.sleep(0.002)
-        time.sleep(moments.random() * 0.15)
+        if kill % 4 == 3:  # some moment of starting, going on or the first steps
+            time.sleep(moments.random() * 8)
+        else:  # from when training is under way: the first checkpoint of this life, then some moment after it
+            while process.poll() is None and steps_saved(parts) == before:
+                time.sleep(0.002)
+            time.sleep(moments.random() * 0.15)
         if process.poll() is None:
             kills += 1
         process.kill()
@@ -83,13 +86,13 @@ def test_killed_at_random_moments(tmp_path: Path, devices: int) -> None:
     time.sleep(1)  # ranks follow the process that launched them
     done = run(*args)
     assert done.returncode == 0, done.stderr
-    assert kills >= 2
+    assert kills >= 3
     compare(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, devices: int) -> None:
+@pytest.mark.parametrize(("devices", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, devices: int, number: int) -> None:
     trainer = ["trainer=ddp_sim"] if devices == 2 else []
     args = arguments(tmp_path, *trainer)
     whole = run(*args, f"paths.run_dir={tmp_path / 'whole'}")
@@ -99,7 +102,10 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, devices: int) -> No
     process = start(args)
     while process.poll() is None and steps_saved(parts) == 0:
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C does: to all that the terminal started
+    else:
+        process.send_signal(number)
     assert process.wait() == 75
     assert 0 < steps_saved(parts) < STEPS
     assert not (parts / "metrics.json").exists()

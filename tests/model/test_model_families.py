@@ -1,5 +1,6 @@
 """Every decoder: parity with Transformers, causality, packing, caching, parameter counts, compiling."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -331,8 +332,9 @@ def test_gpt2_init():
     assert abs(model.blocks[3].mlp.expand.weight.std() - 0.02) < 5e-4
 
 
-def test_dropout_only_in_training():
-    model = GPTConfig(n_layers=2, n_heads=2, d_model=16, max_length=24, dropout=0.5).build(29)
+@pytest.mark.parametrize("make", [GPTConfig, partial(FastConfig, zero_init=False)])
+def test_dropout_only_in_training(make):
+    model = make(n_layers=2, n_heads=2, d_model=16, max_length=24, dropout=0.5).build(29)
     tokens = torch.randint(0, 29, (1, 8))
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
