@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import psutil
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lmexp.callback.base import RunCallback
@@ -26,6 +28,11 @@ METRIC_TAGS = ("val/loss", "val/bits_per_byte", "val/perplexity", "train/loss", 
 
 class EventFiles(TensorBoardLogger):
     """Lightning's TensorBoard logger, less its own file of hyperparameters: config.yaml is that."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """All of a step as one event: each that is written wakes the writer's thread, at the cost of the step's."""
+        events.add_scalars(self.experiment, metrics, step or 0)
 
     def save(self) -> None:
         self.experiment.flush()
@@ -117,8 +124,9 @@ class Tracking(RunCallback):
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if trainer.logger is not None and trainer.is_global_zero:
             for at, loss, norm in zip(record.steps, record.loss, record.grad_norm, strict=True):
-                trainer.logger.log_metrics({"train/loss": loss, "optim/grad_norm": norm}, step=at + 1)
-            trainer.logger.log_metrics({k: v for k, v in values.items() if k != "train/loss"}, step=step)
+                own = {"train/loss": loss, "optim/grad_norm": norm}
+                shared = {k: v for k, v in values.items() if k != "train/loss"} if at + 1 == step else {}
+                trainer.logger.log_metrics(own | shared, step=at + 1)
         self._window_start, self._paused, self._waited = now, self.session.paused, 0.0
         self._norms = ", ".join(f"{norm:.4g}" for norm in record.grad_norm[-5:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -109,6 +110,7 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
     terminal.print(_summary(task, session, cfg, world_size))
     if path is not None:
         terminal.print(f"Going on from {path.name}, after step {session.steps_before}.")
+    gc.freeze()  # what is there by now stays; looking through it again and again would cost steps their time
     trainer.fit(task, datamodule=data, ckpt_path=None if path is None else str(path), weights_only=True)
     for callback in parts.callbacks:
         if isinstance(callback, Samples) and callback.latest:

@@ -62,6 +62,14 @@ def _belongs(event: object, step: int) -> bool:
     return event.step <= step and SESSION_END not in tags  # type: ignore[attr-defined]
 
 
+def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
+    """Write numbers of one step as one record. `writer` is a `SummaryWriter`."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    records = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+    writer.file_writer.add_summary(Summary(value=records), step)
+
+
 def start_hparams(writer: Any, hparams: Mapping[str, Any], metrics: Sequence[str]) -> None:
     """Open a run in HPARAMS: its parameters, and the tags whose latest scalars are its metrics.
 
