@@ -1,6 +1,6 @@
 """Throughput, utilisation and memory on one GPU at GPT-2's 124M and 350M shapes, and nanoGPT's at the first.
 
-    python benchmarks/gpu.py [--nanogpt CHECKOUT] [--steps 60] [--minutes 8]
+    python benchmarks/gpu.py [--nanogpt CHECKOUT] [--steps 60] [--minutes 5]
 
 bf16, context 1024, a vocabulary of 50304, AdamW, synthetic tokens (speed does not depend on what they say). Each
 line is a process of its own; when the time is used up, what is left is said and left out. Without a GPU it says so and
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to run beside")
     parser.add_argument("--steps", type=int, default=60, help="steps of each run")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no run is begun after this")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no run is begun after this")
     options = parser.parse_args()
     import torch
 

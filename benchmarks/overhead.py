@@ -159,14 +159,13 @@ def main() -> None:
         plain = [*common, *text, "model=gpt", "model.bias=false", *shape, "optimizer=adamw"]
         comparisons = {
             "bare loop, fast model and Muon, 12 x 64": ([*common, *text], "bare"),
-            "bare loop, GPT and AdamW, 12 x 64": (plain, "bare"),
             "bare loop, experiment=pretrain": ([*common, "experiment=pretrain"], "bare"),
             "nanoGPT's loop, GPT and AdamW, 12 x 64": (plain, "nanogpt"),
-            "Hugging Face Trainer, GPT-2 and AdamW, 12 x 64": (plain, "trainer"),
+            "Hugging Face Trainer, GPT-2 and AdamW, 12 x 64": ([*plain, "model.bias=true"], "trainer"),
         }
         count = 0
         for title, (overrides, other) in comparisons.items():
-            steps = options.steps if "pretrain" not in title else max(40, options.steps // 10)
+            steps = options.steps if "pretrain" not in title else max(40, options.steps // 5)
             pairs = []
             for pair in range(options.pairs):
                 count += 1

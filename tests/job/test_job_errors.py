@@ -144,7 +144,7 @@ def test_a_resumed_run_may_not_compute_something_else(tmp_path: Path, trained: P
     before = checkpoint(trained)["lmexp"]["step"]
     with pytest.raises(UserError) as caught:
         train(plan(*TINY, corpus(trained.parent), *where(trained.parent, trained), "resume=auto", "optimizer.lr=0.5"))
-    assert "optimizer.lr: was 0.03, now 0.5" in str(caught.value)
+    assert "optimizer.lr: was 0.012, now 0.5" in str(caught.value)
     same_name = corpus(trained.parent, n_words=2500)
     with pytest.raises(UserError, match="corpus is not the one"):
         train(plan(*TINY, same_name, *where(trained.parent, trained), "resume=auto"))

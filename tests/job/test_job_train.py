@@ -241,6 +241,7 @@ def test_every_experiment_overfits_one_batch(tmp_path: Path, name: str) -> None:
     text = [corpus(tmp_path)] if name in NEED_A_TEXT else []
     small = ["model.n_layers=2", "model.d_model=64", "model.n_heads=2", "data.block_size=32", "batch_size=4"]
     small += [] if name in NEED_A_TEXT else ["tokenizer.vocab_size=400"]
+    small += ["optimizer=muon_nano"]  # the rates for narrow models
     args = [f"experiment={name}", "debug=overfit", *text, *small, "trainer=cpu", "data.validation_blocks=2"]
     args += [
         f"paths.cache_dir={tmp_path / 'cache'}",
@@ -254,9 +255,10 @@ def test_every_experiment_overfits_one_batch(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_checked_as_shipped(name: str) -> None:
+@pytest.mark.parametrize("parts", [(), ("model=llama", "optimizer=adamw", "tokenizer=byte", "schedule=cosine")])
+def test_every_experiment_fits_as_shipped_and_with_other_parts(name: str, parts: tuple[str, ...]) -> None:
     text = ["data.corpus.path=x"] if name in NEED_A_TEXT else []
-    check(plan(f"experiment={name}", *text, "trainer=cpu").config, 1)
+    check(plan(f"experiment={name}", *text, *parts, "trainer=cpu").config, 1)
 
 
 @pytest.mark.slow
