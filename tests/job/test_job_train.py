@@ -288,7 +288,7 @@ def test_multirun_gives_each_job_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_runs_started_at_once_do_not_share_a_directory(tmp_path: Path) -> None:
-    args = [sys.executable, str(ROOT / "run.py"), *TINY, corpus(tmp_path), "max_steps=2", "experiment=null"]
+    args = [sys.executable, str(ROOT / "run.py"), *TINY, corpus(tmp_path), "max_steps=2"]
     both = [subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
     runs = list((tmp_path / "logs" / "pretrain").iterdir())
