@@ -6,68 +6,93 @@
 2. lmexp with a GPT, plain AdamW and batch 12 against nanoGPT's loop at that shape.
 3. The same against the Hugging Face Trainer with GPT-2 of that shape.
 
-Whole processes, the sides in turn and in both orders; each side times its own steps after the first tenth.
+The bare loop runs in the same process, a few steps of each in turn; the others as whole processes in turn and in both
+orders, each timing its own steps after the first tenth.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import Callback
 from measure import ROOT, head, median, nanogpt_data, ours, run, table
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.insert(0, str(ROOT))
+from lmexp.contracts import IGNORE_INDEX
 
 BATCH, BLOCK = 12, 64
+BLOCK_STEPS = 10
 SHAPE = {"n_layers": 4, "n_heads": 4, "d_model": 128}
 
 
-def bare(overrides: list[str], steps: int) -> float:
-    """Milliseconds a step of the plainest loop that trains the same model on the same batches."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-    from torch.nn.utils import clip_grad_norm_
+class Beside(Callback):
+    """After every `BLOCK_STEPS` steps of a run, as many of the plainest loop over the same model and batches.
 
-    from lmexp.contracts import IGNORE_INDEX
-    from lmexp.job.build import build_task
-    from lmexp.job.check import check
-    from lmexp.job.train import prepare_data, quiet_libraries
-    from lmexp.run.terminal import Terminal
+    Both sides so work in one process and within a second of one another: the machine's moods fall on both.
+    """
+
+    latest: Beside
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[float, float]] = []
+        type(self).latest = self
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.model = copy.deepcopy(pl_module.model)
+        self.optimizer = pl_module.build_optimizer(self.model)
+        self.batches = iter(trainer.datamodule.train_dataloader())
+        self.mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step % BLOCK_STEPS:
+            return
+        ours_took = time.perf_counter() - self.mark
+        start = time.perf_counter()
+        for i in range(step - BLOCK_STEPS, step):
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * pl_module.schedule(i, pl_module.max_steps)
+            batch = next(self.batches)
+            hidden = self.model(**batch["inputs"]).flatten(0, 1)
+            scored = (batch["labels"] != IGNORE_INDEX).sum()
+            loss = self.model.head.loss(hidden, batch["labels"].flatten()) / scored
+            loss.backward()
+            clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.pairs.append((ours_took, time.perf_counter() - start))
+        self.mark = time.perf_counter()
+
+
+def bare(overrides: list[str]) -> tuple[float, float]:
+    """Milliseconds a step of lmexp, and of the bare loop beside it: medians of blocks, the first left out."""
+    import overhead
+
+    from lmexp.job.train import train as job
     from tests.runs import plan
 
-    quiet_libraries()
-    cfg = plan(*overrides).config
-    parts = check(cfg, 1)
-    data = prepare_data(cfg, parts, Terminal(quiet=True))
-    task = build_task(cfg, parts, data.tokenizer.vocab_size)
-    model, optimizer = task.model, task.configure_optimizers()
-    batches = iter(data.train_dataloader())
-    begun = 0.0
-    for step in range(steps):
-        if step == steps // 10:
-            begun = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * parts.schedule(step, steps)
-        batch = next(batches)
-        hidden = model(**batch["inputs"]).flatten(0, 1)
-        loss = model.head.loss(hidden, batch["labels"].flatten()) / (batch["labels"] != IGNORE_INDEX).sum()
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert torch.isfinite(loss)
-    return 1000 * (time.perf_counter() - begun) / (steps - steps // 10)
+    with tempfile.TemporaryDirectory() as folder:
+        job(plan(*overrides, f"paths.run_dir={folder}/run", "+callback.beside._target_=overhead.Beside"))
+    pairs = overhead.Beside.latest.pairs[1:]
+    ratio, theirs = median([a / b for a, b in pairs]), median([b for _, b in pairs])
+    return 1000 * ratio * theirs / BLOCK_STEPS, 1000 * theirs / BLOCK_STEPS
 
 
 def trainer(steps: int) -> float:
     """Milliseconds a step of the Hugging Face Trainer with GPT-2 of that shape, its defaults and no dropout."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     config = GPT2Config(
@@ -107,7 +132,7 @@ def trainer(steps: int) -> float:
     return 1000 * (times[-1] - times[first]) / (len(times) - 1 - first)
 
 
-def nanogpt(copy: Path, steps: int) -> float:
+def nanogpt(copied: Path, steps: int) -> float:
     """Milliseconds a step of nanoGPT's loop, as it prints them."""
     done = run(
         [
@@ -116,17 +141,22 @@ def nanogpt(copy: Path, steps: int) -> float:
             *(f"--batch_size={BATCH}", "--n_layer=4", "--n_head=4", "--n_embd=128", f"--max_iters={steps}"),
             "--dropout=0.0",
         ],
-        cwd=copy,
+        cwd=copied,
     )
     times = [float(m[1]) for _, line in done.lines if (m := re.search(r"^iter \d+: .*time ([\d.]+)ms", line))]
     times = times[steps // 10 :]
     return sum(times) / len(times)
 
 
-def side(name: str, overrides: list[str], steps: int) -> float:
-    """One side in a process of its own."""
+def side(name: str, overrides: list[str], steps: int) -> list[float]:
+    """A process of its own: milliseconds a step, of lmexp and the bare loop beside it, or of the Trainer."""
     done = run([sys.executable, __file__, "--side", name, "--steps", str(steps), *overrides])
-    return float(json.loads(done.lines[-1][1])["ms"])
+    return json.loads(done.lines[-1][1])
+
+
+def hf(steps: int) -> float:
+    """Milliseconds a step of the Hugging Face Trainer, in a process of its own."""
+    return side("trainer", [], steps)[0]
 
 
 def mine(run_dir: Path, overrides: list[str]) -> float:
@@ -145,8 +175,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        ms = bare(options.overrides, options.steps) if options.side == "bare" else trainer(options.steps)
-        print(json.dumps({"ms": ms}))
+        print(json.dumps(bare(options.overrides) if options.side == "bare" else [trainer(options.steps)]))
         return
     if options.nanogpt is None or options.text is None:
         parser.error("--nanogpt and --text are needed")
@@ -155,7 +184,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy = nanogpt_data(options.nanogpt.resolve(), folder, options.text.read_text(encoding="utf-8"))
+        copied = nanogpt_data(options.nanogpt.resolve(), folder, options.text.read_text(encoding="utf-8"))
         shape = [f"model.{key}={value}" for key, value in SHAPE.items()]
         common = [f"paths.cache_dir={folder / 'cache'}", "trainer=cpu"]
         text = [f"data.corpus.path={options.text.resolve()}", "experiment=shakespeare_char"]
@@ -174,14 +203,16 @@ def main() -> None:
                 count += 1
                 timing = [f"max_steps={steps}", f"validate_every={steps}", f"log_every={max(1, min(10, steps // 10))}"]
 
-                sides = {"mine": partial(mine, folder / f"run{count}", [*overrides, *timing])}
-                if other == "nanogpt":
-                    sides["theirs"] = partial(nanogpt, copy, steps)
+                if other == "bare":
+                    a, b = side("bare", [*overrides, *timing], steps)
                 else:
-                    sides["theirs"] = partial(side, other, [*overrides, *timing] if other == "bare" else [], steps)
-                # neither side always runs first
-                times = {name: sides[name]() for name in sorted(sides, reverse=bool(pair % 2))}
-                a, b = times["mine"], times["theirs"]
+                    sides: dict[str, Callable[[], float]] = {
+                        "mine": partial(mine, folder / f"run{count}", [*overrides, *timing]),
+                        "theirs": partial(nanogpt, copied, steps) if other == "nanogpt" else partial(hf, steps),
+                    }
+                    # neither side always runs first
+                    times = {name: sides[name]() for name in sorted(sides, reverse=bool(pair % 2))}
+                    a, b = times["mine"], times["theirs"]
                 pairs.append((a, b))
                 print(f"{title}: lmexp {a:.2f} ms, other {b:.2f} ms", flush=True)
             a, b = (median(values) for values in zip(*pairs, strict=True))
@@ -194,9 +225,10 @@ def main() -> None:
     header = ("against", "lmexp, ms", "other, ms", "ratio of times", "range", "tokens/s, lmexp to other")
     print(table(header, rows))
     print(
-        f"\n{options.pairs} runs of each side. Times: medians. Ratios: the geometric mean of two pairs in both orders, of"
+        f"\n{options.pairs} runs of each side. Against the bare loop: both in one process, {BLOCK_STEPS} steps each in\n"
+        "turn, the median of the ratios of neighbouring blocks. Against the others: whole processes in turn. Times\n"
+        "are medians; ratios the geometric mean of two runs (in both orders), of these the median and the range."
     )
-    print("these the median and the range.")
 
 
 if __name__ == "__main__":
