@@ -22,6 +22,8 @@ class WeightAverage(RunCallback):
         if decay is not None and not 0 < decay < 1:
             raise UserError(f"callback.average.decay={decay}; expected a number above 0 and below 1, or null.")
         self.decay = decay
+        self.idle = decay is None
+        """Nothing to do: the job leaves it out."""
         self._average: dict[str, Tensor] = {}
         self._swapped = False
 

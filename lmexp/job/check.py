@@ -111,7 +111,8 @@ def _callbacks(
     measured = [f"val/{name}" for name in getattr(metric, "names", ())]
     if checkpoint is not None and measured and checkpoint.monitor not in measured:
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
-    return [*made.values(), checkpoint]  # last, whatever was added: it saves what the others did
+    used = [c for c in made.values() if not getattr(c, "idle", False)]  # each one costs every step something
+    return [*used, checkpoint]  # last, whatever was added: it saves what the others did
 
 
 def check_devices(cfg: DictConfig, world_size: int) -> None:
