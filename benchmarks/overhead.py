@@ -225,9 +225,9 @@ def main() -> None:
     header = ("against", "lmexp, ms", "other, ms", "ratio of times", "range", "tokens/s, lmexp to other")
     print(table(header, rows))
     print(
-        f"\n{options.pairs} runs of each side. Against the bare loop: both in one process, {BLOCK_STEPS} steps each in\n"
-        "turn, the median of the ratios of neighbouring blocks. Against the others: whole processes in turn. Times\n"
-        "are medians; ratios the geometric mean of two runs (in both orders), of these the median and the range."
+        f"\n{options.pairs} runs of each side. Against the bare loop: both in one process, {BLOCK_STEPS} steps each\n"
+        "in turn, the median of the ratios of neighbouring blocks. Against the others: whole processes in turn.\n"
+        "Times are medians; ratios the geometric mean of two runs (in both orders), of these the median and the range."
     )
 
 
