@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,21 @@ def _follow_the_launcher() -> None:
 def main(plan_file: str, result_file: str) -> None:
     """What a rank runs: the plan of a file; rank 0 writes the metric to another."""
     _follow_the_launcher()
-    with exit_code_of_errors():
-        metric = run_here(Plan.from_json(Path(plan_file).read_text(encoding="utf-8")))
-        if os.environ.get("RANK", "0") == "0":
-            Path(result_file).write_text(json.dumps({"metric": metric}), encoding="utf-8")
+    code = 0
+    try:
+        with exit_code_of_errors():
+            metric = run_here(Plan.from_json(Path(plan_file).read_text(encoding="utf-8")))
+            if os.environ.get("RANK", "0") == "0":
+                Path(result_file).write_text(json.dumps({"metric": metric}), encoding="utf-8")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # all is written and closed. At once: the threads of the process group may outlive the interpreter, and abort
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
