@@ -5,7 +5,7 @@ This module imports nothing of lmexp and is imported by everything else; read it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
@@ -17,6 +17,12 @@ IGNORE_INDEX = -100
 """Label of a position that is not scored."""
 
 Split = Literal["train", "validation", "test"]
+
+Family = Literal["decoder", "encoder", "encoder_decoder"]
+"""What a model is: whether it reads both ways, and whether it writes."""
+
+EVAL_SEED = 0
+"""Noise of evaluation depends on this and the place of a sample, never on the run's seed: runs compare."""
 
 
 class UserError(ValueError):
@@ -61,30 +67,69 @@ class Sample:
     """(length,) int64, which document of the block each token belongs to, counted from 0; the token that ends a
     document is its first, because it is what the next one is predicted from. None: no document mask."""
 
+    part: int = 0
+    """Which part of a corpus of several (languages, say) it comes from."""
 
-class Batch(TypedDict):
-    """What a collate returns and a task consumes."""
+    language: int = 0
+    """Which of the corpus's languages its tokens are in."""
 
+    pair: Sample | None = None
+    """The same text in another language; `tokens` and `pair.tokens` then are one whole text each, without document
+    ends."""
+
+
+class _Batch(TypedDict):
     inputs: dict[str, Tensor]
-    """Keyword arguments of the model's `forward`: `tokens` (B, T) int64, and with document masks `documents`
-    (B, T) int64 and `positions` (B, T) int64."""
+    """Keyword arguments of the model's `forward`. All families: `tokens` (B, T) int64; where texts stand beside one
+    another or end early, `documents` (B, T) int64, which text of its row each token is of, -1 for padding, and
+    `positions` (B, T) int64, its place in that text. Encoder-decoders: `decoder_tokens` (B, U), and likewise
+    `decoder_documents` and `decoder_positions`; a decoder text sees the encoder text of the same number. Decoders
+    under a prefix objective: `prefix` (B,) int64, how many first positions see one another both ways. With language
+    embeddings: `languages` (B, T)."""
 
     labels: Tensor
-    """(B, T) int64; `IGNORE_INDEX` where nothing is scored."""
+    """(B, U) int64; `IGNORE_INDEX` where nothing is scored. Without `scored`, one for each hidden state."""
 
     n_bytes: Tensor
-    """(B,) int64: UTF-8 bytes of the scored tokens of each sequence, for bits per byte."""
+    """(B,) int64: UTF-8 bytes of the scored tokens of each row, for bits per byte."""
+
+
+class Batch(_Batch, total=False):
+    """What a collate returns and a task consumes. Every tensor has the rows B first."""
+
+    scored: Tensor
+    """(B, K) int64: the positions that `labels` (B, K) belong to, where only few are scored."""
+
+    parts: Tensor
+    """(B, labels' width) int64: the part of the corpus each label comes from, where there are several."""
+
+
+Collate = Callable[[Sequence[Sample], int, int], Batch]
+"""(samples, block_size, seed) -> batch. All randomness is a function of the seed and each sample's index. Shorter
+samples, down to empty ones, are padded and not scored."""
 
 
 class Objective(Protocol):
     """How samples become inputs and labels (`lmexp/objective`)."""
 
+    families: tuple[Family, ...]
+    """The model families that can be trained with it."""
+
+    bits: str | None
+    """What nats over bytes mean here: `bits_per_byte` (of a text's probability), a name that says what else it is,
+    or None: nothing."""
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Roles that the tokenizer must have tokens for, such as `mask` or `sentinel_0`; see `Tokenizer.with_roles`."""
+        ...
+
     def sample_length(self, block_size: int) -> int:
         """How many consecutive tokens of the stream a sample of `block_size` inputs needs."""
         ...
 
-    def collate(self, samples: Sequence[Sample], block_size: int) -> Batch:
-        """Stack samples to a batch; shorter ones are padded at the right and not scored."""
+    def collate(self, tokenizer: Any, family: Family) -> Collate:
+        """The function from samples to batches, for a tokenizer that has the roles and a family that it trains."""
         ...
 
 
@@ -108,6 +153,9 @@ class StepRecord:
 
     tokens: list[int]
     """Scored tokens of each step's global batch."""
+
+    positions: list[int]
+    """Tokens that the model read in each step's global batch, padding left out."""
 
     n_bytes: list[float]
     """UTF-8 bytes that these stand for."""

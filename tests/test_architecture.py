@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"contracts"},
     {"tokenizer", "model", "corpus", "metric", "optimizer", "schedule", "decoding", "run"},
-    {"objective", "data"},
+    {"objective", "data", "huggingface"},
     {"task", "callback"},
     {"job"},
 )
@@ -29,8 +29,9 @@ ONLY_IN = {
 CONF_ALONE = {"trainer", "logger", "paths", "experiment", "debug", "sweep", "hydra"}
 """Groups of conf/ whose options configure others' parts, or how a job runs, and need no package of their own."""
 
-LMEXP_ALONE = {"run", "corpus"}
-"""Packages without a group: what runs leave on disk; corpora stand in the data group's options."""
+LMEXP_ALONE = {"run", "corpus", "huggingface"}
+"""Packages without a group: what runs leave on disk; corpora stand in the data group's options; exchange of weights
+belongs to jobs."""
 
 
 def modules() -> list[Path]:

@@ -63,7 +63,7 @@ class Progress(RunCallback):
         told = "  ".join(
             f"{tag} {value:.4f}"
             for tag, value in self.session.metrics.items()
-            if tag.startswith("val/") and tag != "val/perplexity"
+            if tag.startswith("val/") and tag.count("/") == 1 and tag != "val/perplexity"
         )
         train = self.session.metrics.get("train/loss")
         told += "" if train is None else f"  train/loss {train:.4f}"

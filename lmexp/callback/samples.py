@@ -1,10 +1,10 @@
-"""Generated text at each validation: what the numbers mean."""
+"""Text at each validation, for what the numbers mean: continued prompts, or noised text beside its restoration."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,12 +12,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lmexp.callback.base import RunCallback
-from lmexp.contracts import UserError
+from lmexp.contracts import IGNORE_INDEX, UserError
+from lmexp.data.loader import each_tensor
 from lmexp.decoding.generate import Sampling, generate
 
 
 class Samples(RunCallback):
-    """Continues prompts and shows them under samples/ in TensorBoard, the first in the terminal at the end."""
+    """Shows what the model writes under samples/ in TensorBoard, the first in the terminal at the end.
+
+    A decoder continues prompts. Encoders and encoder-decoders restore the first texts of the validation split: what
+    they read, what they took the scored tokens for, given the true ones before, and what these were.
+    """
 
     sampling: Sampling
 
@@ -35,16 +40,47 @@ class Samples(RunCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero or not self.prompts:
             return
-        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        sampling = dataclasses.replace(self.sampling, max_new_tokens=self.max_new_tokens)
-        prompts = [[tokenizer.eos_id, *(int(i) for i in ids)] for ids in tokenizer.encode(self.prompts)]
+        model = cast(nn.Module, pl_module.model)
         # eager: each new token is another shape, which a compiled model would be compiled for
         with self.session.pause(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            rows = generate(cast(nn.Module, pl_module.model), prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size)
-        self.latest = [
-            prompt + tokenizer.decode(row, skip_special=True) for prompt, row in zip(self.prompts, rows, strict=True)
-        ]
+            if model.family == "decoder":
+                self.latest = self._continued(trainer, model)
+            else:
+                self.latest = self._restored(trainer, model)
         if isinstance(trainer.logger, TensorBoardLogger):
             for number, text in enumerate(self.latest):
                 indented = "\n".join(f"    {line}" for line in text.splitlines())
                 trainer.logger.experiment.add_text(f"samples/{number}", indented, trainer.global_step)
+
+    def _continued(self, trainer: Trainer, model: nn.Module) -> list[str]:
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=self.max_new_tokens)
+        prompts = [[tokenizer.eos_id, *(int(i) for i in ids)] for ids in tokenizer.encode(self.prompts)]
+        rows = generate(model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size)
+        return [prompt + tokenizer.decode(row, skip_special=True) for prompt, row in zip(self.prompts, rows, strict=True)]
+
+    @torch.no_grad()
+    def _restored(self, trainer: Trainer, model: nn.Module) -> list[str]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batch = next(iter(data.loader("validation", max(1, len(self.prompts)))))
+        batch = each_tensor(batch, lambda tensor: tensor[: len(self.prompts)].to(trainer.strategy.root_device))
+        was_training = model.training
+        model.eval()
+        hidden = model(**batch["inputs"])
+        model.train(was_training)
+        labels = batch["labels"]
+        read = batch["inputs"]["tokens"]
+        if "scored" in batch:
+            hidden = hidden.gather(1, batch["scored"][..., None].expand(-1, -1, hidden.shape[-1]))
+        guessed = model.head(hidden)[..., : data.tokenizer.vocab_size].argmax(-1)  # type: ignore[operator]
+        texts = []
+        for row in range(len(labels)):
+            real = labels[row] != IGNORE_INDEX
+            at = batch["scored"][row][real] if "scored" in batch else None
+            shown = {"read": read[row], "written": guessed[row][real], "true": labels[row][real]}
+            if at is not None:  # the scored places in their text
+                shown = {"read": read[row], "written": read[row].clone(), "true": read[row].clone()}
+                shown["written"][at], shown["true"][at] = guessed[row][real], labels[row][real]
+            lines = (f"{name}: {data.tokenizer.decode(ids[: self.max_new_tokens])}" for name, ids in shown.items())
+            texts.append("\n\n".join(lines))
+        return texts

@@ -91,6 +91,10 @@ class Tracking(RunCallback):
         for tag, value in trainer.callback_metrics.items():
             if tag.startswith("val/"):
                 self.session.metrics[tag] = float(value)
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.state.fn == "fit":
+            drawn = {f"data/drawn/{part}": n for part, n in trainer.datamodule.drawn().items()}  # type: ignore[attr-defined]
+            if drawn:
+                trainer.logger.log_metrics(drawn, step=trainer.global_step)
         loss = self.session.metrics.get("val/loss", 0.0)
         if trainer.state.fn == "fit" and not math.isfinite(loss):
             raise UserError(
@@ -116,7 +120,7 @@ class Tracking(RunCallback):
         values = self._window_values(trainer, task, record, spent)
         if record.steps[0] > self.session.steps_before:
             self._steps += len(record.steps)
-            self._tokens += sum(record.tokens)
+            self._tokens += sum(record.positions)
             self._spent += spent
             self.session.metrics["speed/mean_step_ms"] = 1000 * self._spent / self._steps
             self.session.metrics["speed/mean_tokens_per_second"] = self._tokens / self._spent
@@ -137,8 +141,8 @@ class Tracking(RunCallback):
         tokens, n_bytes = sum(record.tokens), sum(record.n_bytes)
         loss = nats / tokens
         values = {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700))}
-        if n_bytes:
-            values["train/bits_per_byte"] = nats / math.log(2) / n_bytes
+        if n_bytes and self.session.bits:
+            values[f"train/{self.session.bits}"] = nats / math.log(2) / n_bytes
         optimizer = trainer.optimizers[0]
         for number, group in enumerate(optimizer.param_groups):
             if number == 0:
@@ -147,13 +151,13 @@ class Tracking(RunCallback):
         if self._ratio is not None:
             values["optim/update_ratio"] = self._ratio.item()
             self._ratio = None
-        values["speed/tokens_per_second"] = tokens / spent
+        read = sum(record.positions)
+        values["speed/tokens_per_second"] = read / spent
         values["speed/step_ms"] = 1000 * spent / len(record.steps)
         values["speed/data_wait"] = self._waited / spent
-        values["speed/tokens"] = trainer.global_step * self.session.batch_size * self.session.block_size
+        values["speed/tokens"] = self.session.metrics.get("speed/tokens", 0) + read
         if self.session.peak_flops is not None:
-            positions = len(record.steps) * self.session.batch_size * self.session.block_size
-            values["speed/mfu"] = task.flops_per_token * positions / spent / self.session.peak_flops
+            values["speed/mfu"] = task.flops_per_token * read / spent / self.session.peak_flops
         device = trainer.strategy.root_device
         if device.type == "cuda":
             values["memory/gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -1,4 +1,4 @@
-"""Any data set of the `datasets` library: by its name on the Hugging Face hub, or a local folder."""
+"""Any data set of the `datasets` library, of texts or of translations: by its name on the hub, or a local folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmexp.contracts import Split, UserError
 from lmexp.corpus.content import content_hash
+from lmexp.corpus.parts import (
+    Part,
+    Parted,
+    Use,
+    check_alpha,
+    check_languages,
+    check_use,
+    did_you_mean,
+    rows_of,
+    table_parts,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SLICED = re.compile(r"(?P<name>[^\[]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 
@@ -142,6 +157,102 @@ class Hub:
                 f"{reason} Check the name, config and split; without a network, give a local folder as "
                 "data.corpus.name=FOLDER, or use data=pydocs, which needs none."
             ) from error
+
+
+@dataclass
+class HubTranslation(Parted):
+    """A hub data set whose rows hold a text in several languages: a column of {language: text}.
+
+    A text that is empty in one language is left out of the pairs with that language.
+    """
+
+    name: str | None
+    """A name on the hub, a folder in one of the hub's formats, or one that `save_to_disk` wrote."""
+
+    config: str | None = None
+    """The configuration of the data set, where it has several."""
+
+    revision: str | None = None
+    """A commit or tag of the data set on the hub; None: the newest."""
+
+    train: str | None = "train"
+    """Its split to train on, or part of one: `train`, `train[:99%]`, `train[1000:]`."""
+
+    validation: str | None = None
+    """The same for validation; None: there is none."""
+
+    test: str | None = None
+    """The same for test; None: there is none."""
+
+    column: str = "translation"
+    """The column that holds the texts by language."""
+
+    languages: tuple[str, ...] = ()
+    """The languages, and with them the pairs, in this order; as the column names them."""
+
+    use: Use = "pairs"
+    """`pairs`: each language with each other; `languages`: each alone; `both`."""
+
+    alpha: float = 0.7
+    """Parts are drawn in proportion to their tokens to this power; in [0, 1], 1: as they are."""
+
+    cache_dir: str | None = None
+    """Where content hashes of local folders and rows are kept; downloads stay in the cache of `datasets`."""
+
+    def __post_init__(self) -> None:
+        source = (self.name, self.config, self.revision, self.train, self.validation, self.test, self.column)
+        self._hub = Hub(*source, cache_dir=self.cache_dir)
+        check_alpha(self.alpha)
+        check_use(self.use)
+        self.languages = check_languages(self.languages or (), 1 if self.use == "languages" else 2)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that are set."""
+        return self._hub.splits
+
+    def parts(self) -> list[Part]:
+        """The languages, the pairs of them, or both."""
+        return table_parts(self, self.languages, self.use)
+
+    def content_fingerprint(self) -> str:
+        """That of the data set."""
+        return self._hub.fingerprint()
+
+    def rows_in(self, split: Split, language: str, beside: tuple[str, ...]) -> Dataset:
+        """The texts in a language that are not empty in it and in those `beside`, in the order of the data set."""
+        key = hashlib.sha256(f"{self.content_fingerprint()} {split} {language} {sorted(beside)}".encode()).hexdigest()
+        return rows_of(partial(self._texts, split, language, beside), key, self.cache_dir)
+
+    def _texts(self, split: Split, language: str, beside: tuple[str, ...]) -> Iterator[str]:
+        rows = self._hub.rows(split)
+        self._check_column(rows.features["text"])
+        empty = True
+        for batch in rows.iter(batch_size=1000):
+            for texts in batch["text"]:
+                if all(((texts or {}).get(name) or "").strip() for name in (language, *beside)):
+                    empty = False
+                    yield texts[language]
+        if empty:
+            raise UserError(
+                f"No row of {getattr(self, split)!r} of {self.name} has text in {' and '.join((language, *beside))}; "
+                "expected at least one. Choose other languages or another split."
+            )
+
+    def _check_column(self, feature: Any) -> None:
+        names = getattr(feature, "languages", None) or (list(feature) if isinstance(feature, dict) else None)
+        if names is None:
+            raise UserError(
+                f"{self.name}: column {self.column!r} holds {feature}; expected texts by language, such as "
+                "{en: ..., de: ...}. Choose another with data.corpus.column=NAME, or use data=hub."
+            )
+        for language in self.languages:
+            if language not in names:
+                raise UserError(
+                    f"{self.name} has no {language!r} in column {self.column!r}; it has "
+                    f"{', '.join(map(repr, names))}.{did_you_mean(language, names)} Choose some of them: "
+                    f"data.corpus.languages=[{','.join(list(names)[:2])}]."
+                )
 
 
 def _part(rows: Any, wanted: str) -> Any:

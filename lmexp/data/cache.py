@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,9 +32,10 @@ from lmexp.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 2**22  # characters that are encoded at once: enough for every thread, little to hold
 _SAMPLE = 200  # tokens shown in the report
+_WORD = re.compile(r"\w+")
 
 
 class SplitCorpus(Corpus, Protocol):
@@ -201,7 +203,8 @@ def _write_split(
     eos = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
     start = eos[:0]
     lengths: list[np.ndarray] = []
-    n_bytes = unknown = 0
+    n_bytes = unknown = words = fragments = 0
+    is_fragment = tokenizer.fragments
     with open(folder / f"{split}.bin", "wb") as file:
         file.write(eos.tobytes())
         for batch in _batches(_tracked(rows, split, console)):
@@ -212,6 +215,8 @@ def _write_split(
             file.write(stream.tobytes())
             lengths.append(np.array([len(document) for document in documents], dtype=np.int64))
             n_bytes += sum(len(text.encode()) for text in batch)
+            words += sum(len(_WORD.findall(text)) for text in batch)
+            fragments += int(is_fragment[stream].sum())
             unknown += 0 if tokenizer.unk_id is None else int((stream == tokenizer.unk_id).sum())
         file.flush()
         os.fsync(file.fileno())
@@ -227,7 +232,7 @@ def _write_split(
         np.save(file, offsets)
         file.flush()
         os.fsync(file.fileno())
-    return SplitReport(len(sizes), int(offsets[-1]), n_bytes, unknown, int(sizes.max())), start
+    return SplitReport(len(sizes), int(offsets[-1]), n_bytes, unknown, int(sizes.max()), words, fragments), start
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from lmexp.contracts import Batch, Objective, Sample
+from lmexp.contracts import Batch, Collate, Family, Objective, Sample
+from lmexp.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.data import DataLoader
 
 
@@ -17,16 +21,37 @@ class Samples(Protocol):
     def samples(self, indices: Sequence[int]) -> list[Sample]: ...
 
 
+@dataclass
+class Recipe:
+    """How samples become a batch; sent to a worker process as what it is made of."""
+
+    objective: Objective
+    tokenizer: Tokenizer
+    family: Family
+    block_size: int
+    seed: int
+    """Of the objective's noise."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        return self._collate(samples, self.block_size, self.seed)
+
+    @cached_property
+    def _collate(self) -> Collate:
+        return self.objective.collate(self.tokenizer, self.family)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_collate"}
+
+
 class Collated:
     """A map-style data set whose items are whole batches, by the list of their sample indices."""
 
-    def __init__(self, source: Samples, objective: Objective, block_size: int) -> None:
+    def __init__(self, source: Samples, recipe: Recipe) -> None:
         self.source = source
-        self.objective = objective
-        self.block_size = block_size
+        self.recipe = recipe
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        return self.objective.collate(self.source.samples(indices), self.block_size)
+        return self.recipe(self.source.samples(indices))
 
 
 class Batches:
@@ -82,8 +107,10 @@ class SizedBatches(Batches):
 
 def pinned(batch: Batch) -> Batch:
     """The batch in page-locked memory, from where a GPU copies while it computes."""
-    return {
-        "inputs": {name: value.pin_memory() for name, value in batch["inputs"].items()},
-        "labels": batch["labels"].pin_memory(),
-        "n_bytes": batch["n_bytes"].pin_memory(),
-    }
+    return each_tensor(batch, lambda tensor: tensor.pin_memory())
+
+
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor changed."""
+    rest = {name: change(value) for name, value in batch.items() if name != "inputs"}  # type: ignore[arg-type]
+    return cast(Batch, {"inputs": {name: change(value) for name, value in batch["inputs"].items()}, **rest})

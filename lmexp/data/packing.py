@@ -93,9 +93,7 @@ class PackedTokens:
 class SequentialTokens:
     """Evaluation samples: the blocks of a split one after the other, each token after the first predicted once.
 
-    The last block is shorter. Block k of the selection goes to rank k % world_size; ranks that have one less, and
-    the end of the last batch, are filled with empty samples, so that every rank has the same number of batches of
-    the same size.
+    The last block is shorter.
     """
 
     def __init__(
@@ -128,14 +126,24 @@ class SequentialTokens:
             documents = None
             if self.mask_eos is not None:
                 documents = document_ids(tokens, self.mask_eos) if len(tokens) else tokens
-            out.append(Sample(tokens, self.token_bytes[tokens], i, documents))
+            # the block's own number: its noise does not depend on which others are evaluated
+            number = int(self.blocks[i]) if i < len(self.blocks) else i
+            out.append(Sample(tokens, self.token_bytes[tokens], number, documents))
         return out
 
-    def batches(self, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-        """The places of the selection for each batch of this rank."""
-        each = -(-len(self.blocks) // world_size)
-        size = max(1, min(batch_size, each))
-        return [[rank + world_size * k for k in range(at, at + size)] for at in range(0, each, size)]
+    def __len__(self) -> int:
+        return len(self.blocks)
 
     def __iter__(self) -> Iterator[Sample]:
         yield from self.samples(range(len(self.blocks)))
+
+
+def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """The places of `count` evaluation samples for each batch of this rank: place k goes to rank k % world_size.
+
+    Ranks that have one less, and the end of the last batch, get places beyond the end, which are empty samples, so
+    that every rank has the same number of batches of the same size.
+    """
+    each = -(-count // world_size)
+    size = max(1, min(batch_size, each))
+    return [[rank + world_size * k for k in range(at, at + size)] for at in range(0, each, size)]

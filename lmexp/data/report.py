@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,13 +28,25 @@ class SplitReport:
     longest: int
     """Tokens of the longest document."""
 
+    words: int
+    """Words: runs of letters, digits and underscores between other characters."""
+
+    fragments: int
+    """Tokens that are only part of a character: what a byte-level vocabulary falls back to."""
+
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text for each token, document ends included."""
         return self.bytes / self.tokens
 
+    @property
+    def fertility(self) -> float:
+        """Tokens for each word (Rust et al. 2021, section 4.1), document ends included; high where the vocabulary
+        does not know a language."""
+        return self.tokens / max(1, self.words)
 
-_HEADER = ("split", "documents", "tokens", "bytes", "bytes/token", "unknown", "longest")
+
+_HEADER = ("split", "documents", "tokens", "bytes", "bytes/token", "tokens/word", "unknown", "fragments", "longest")
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,16 @@ class DataReport:
     path: str
     """Where the tokens lie."""
 
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of a corpus of parts: the share of training samples that each training split gets."""
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return (*_HEADER, "drawn") if self.shares else _HEADER
+
     def rows(self) -> list[tuple[str, ...]]:
-        """One row a split, as text, under split, documents, tokens, bytes, bytes/token, unknown, longest."""
+        """One row a split, as text, under `header`."""
         return [
             (
                 name,
@@ -62,15 +82,18 @@ class DataReport:
                 f"{s.tokens:,}",
                 f"{s.bytes:,}",
                 f"{s.bytes_per_token:.2f}",
+                f"{s.fertility:.2f}",
                 f"{s.unknown / s.tokens:.3%}",
+                f"{s.fragments / s.tokens:.3%}",
                 f"{s.longest:,}",
+                *([f"{self.shares[name]:.2%}" if name in self.shares else ""] if self.shares else []),
             )
             for name, s in self.splits.items()
         ]
 
     def markdown(self) -> str:
         """The report for TensorBoard's text page."""
-        lines = [_HEADER, ("---",) + ("---:",) * (len(_HEADER) - 1), *self.rows()]
+        lines = [self.header, ("---",) + ("---:",) * (len(self.header) - 1), *self.rows()]
         table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
         sample = "\n".join(f"    {line}" for line in self.sample.splitlines())
         return f"{table}\n\nVocabulary: {self.vocab_size:,} tokens. A sample, decoded:\n\n{sample}\n"
@@ -80,7 +103,7 @@ class DataReport:
         from rich.table import Table
 
         table = Table(title=f"Data, as {self.vocab_size:,} different tokens", title_justify="left")
-        for number, name in enumerate(_HEADER):
+        for number, name in enumerate(self.header):
             table.add_column(name, justify="left" if number == 0 else "right")
         for row in self.rows():
             table.add_row(*row)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lmexp.contracts import Batch, Objective, Sample, UserError
-from lmexp.data.loader import pinned
+from lmexp.contracts import Batch, Sample, UserError
+from lmexp.data.loader import Recipe, pinned
 from lmexp.data.packing import document_ids, stride_of
 from lmexp.tokenizer.tokenizer import Tokenizer
 
@@ -121,8 +121,7 @@ class StreamBatches:
     def __init__(
         self,
         open_stream: Callable[[], TokenStream],
-        objective: Objective,
-        block_size: int,
+        recipe: Recipe,
         batch_size: int,
         local: slice,
         ahead: int,
@@ -131,8 +130,7 @@ class StreamBatches:
     ) -> None:
         """`local` is this rank's slice of the global batch; `ahead` batches are made by a thread meanwhile, 0: none."""
         self.open_stream = open_stream
-        self.objective = objective
-        self.block_size = block_size
+        self.recipe = recipe
         self.batch_size = batch_size
         self.local = local
         self.ahead = ahead
@@ -149,7 +147,7 @@ class StreamBatches:
         stream = self.open_stream()
         while True:
             samples = stream.take(self.batch_size)[self.local]
-            batch = self.objective.collate(samples, self.block_size)
+            batch = self.recipe(samples)
             yield (pinned(batch) if self.pin_memory else batch), stream.index, stream.state_dict()
 
 

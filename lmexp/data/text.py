@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lmexp.contracts import Objective, UserError
+from lmexp.contracts import EVAL_SEED, Family, Objective, UserError
+from lmexp.corpus.parts import Part, smoothed
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
-from lmexp.data.loader import Batches, Collated, SizedBatches
+from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches
+from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged
 from lmexp.data.order import BlockOrder
-from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, stride_of
-from lmexp.data.report import DataReport
+from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, evaluation_batches, stride_of
+from lmexp.data.parted import SmoothedTexts, is_parted, parts_of
+from lmexp.data.report import DataReport, SplitReport
 from lmexp.data.stream import StreamBatches, TokenStream
 from lmexp.tokenizer.tokenizer import Tokenizer, TokenizerConfig
 
@@ -69,11 +72,13 @@ class TextData(LightningDataModule):
         batch_size: int,
         seed: int,
         max_samples: int | None = None,
+        family: Family = "decoder",
     ) -> TextData:
         """Set what the run decides; returns itself.
 
-        A `Tokenizer` is used as it is (that of a checkpoint), a config is trained or loaded. `batch_size` is global,
-        in samples. With `max_samples` training repeats its first so many samples, to overfit on purpose.
+        A `Tokenizer` is used as it is (that of a checkpoint), a config is trained or loaded; both get the special
+        tokens of the objective. `batch_size` is global, in samples. With `max_samples` training repeats its first so
+        many samples, to overfit on purpose. `family` is the model's.
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}; expected at least 1.")
@@ -86,6 +91,7 @@ class TextData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.max_samples = max_samples
+        self.family = family
         self.sample_length = objective.sample_length(self.block_size)
         return self
 
@@ -94,33 +100,76 @@ class TextData(LightningDataModule):
 
         Every process calls it; one works, the others wait. `console`, a `rich` one, shows progress.
         """
-        config = self._tokenizer_config
         corpus = self.corpus
         if corpus.streaming and self.max_samples is not None:
             raise UserError(f"max_samples={self.max_samples} needs a corpus that is not streamed; choose one, or null.")
-        if isinstance(config, Tokenizer):
-            self.tokenizer = config
-        else:
-            source = _FirstDocuments(corpus, self.tokenizer_documents) if corpus.streaming else corpus
-            self.tokenizer = trained_tokenizer(config, source, self.cache_dir, console)
+        self.tokenizer = self._tokenizer(console).with_roles(self.objective.special_tokens)
         cached = [split for split in corpus.splits if not (corpus.streaming and split == "train")]
-        self.cache: TokenCache | None = None
+        self._caches: list[tuple[TokenCache, ...]] = []
         if cached:
-            self.cache = open_cache(corpus, self.tokenizer, cached, self.cache_dir, console)
+            self._caches = [
+                tuple(open_cache(side, self.tokenizer, cached, self.cache_dir, console) for side in part.corpora)
+                for part in self.parts
+            ]
         if not corpus.streaming:
-            self._check_size("train", self._order().n_blocks)
+            for part, n in zip(self.parts, self._sizes(), strict=True):
+                self._check_size("train", n, part)
+
+    def _tokenizer(self, console: Any) -> Tokenizer:
+        config, corpus = self._tokenizer_config, self.corpus
+        if isinstance(config, Tokenizer):
+            return config
+        source: Any = corpus
+        if corpus.streaming:
+            source = _FirstDocuments(corpus, self.tokenizer_documents)
+        elif is_parted(corpus):
+            source = SmoothedTexts(corpus)  # type: ignore[arg-type]
+        return trained_tokenizer(config, source, self.cache_dir, console)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The parts of a corpus of several; the whole of any other."""
+        return parts_of(self.corpus)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What the parts are called."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The probability of each part in training: its tokens to the power of the corpus's alpha, normalised."""
+        tokens = [sum(cache.report.splits["train"].tokens for cache in caches) for caches in self._caches]
+        return tuple(smoothed(tokens, getattr(self.corpus, "alpha", 1.0)))
+
+    def drawn(self) -> dict[str, int]:
+        """How many samples of each part have been trained on; empty for a corpus without parts."""
+        if not is_parted(self.corpus):
+            return {}
+        counts = MixtureOrder(self.shares, self.seed).counts(self.samples_seen)
+        return dict(zip(self.part_names, counts.tolist(), strict=True))
 
     @property
     def report(self) -> DataReport:
         """What the cached splits hold."""
-        if self.cache is None:
+        if not self._caches:
             return DataReport({}, self.tokenizer.vocab_size, "", self.cache_dir)
-        return self.cache.report
+        if not is_parted(self.corpus):
+            return self._caches[0][0].report
+        splits: dict[str, SplitReport] = {}
+        shares: dict[str, float] = {}
+        for part, caches, share in zip(self.parts, self._caches, self.shares, strict=True):
+            for language, cache in zip(part.languages, caches, strict=True):
+                inside = f" ({language})" if len(caches) > 1 else ""
+                splits |= {f"{split} {part.name}{inside}": r for split, r in cache.report.splits.items()}
+            shares[f"train {part.name}{f' ({part.languages[0]})' if len(caches) > 1 else ''}"] = share
+        sample = self._caches[0][0].report.sample
+        return DataReport(splits, self.tokenizer.vocab_size, sample, self.cache_dir, shares)
 
     @property
     def n_blocks(self) -> int | None:
-        """Training samples in an epoch; None when streaming."""
-        return None if self.corpus.streaming else self._order().n_blocks
+        """Training samples that there are; None when streaming."""
+        return None if self.corpus.streaming else sum(self._sizes())
 
     @property
     def bytes_per_token(self) -> float:
@@ -128,28 +177,26 @@ class TextData(LightningDataModule):
         splits = self.report.splits
         if not splits:
             return float(self.tokenizer.token_bytes.mean())
-        return splits["train" if "train" in splits else next(iter(splits))].bytes_per_token
+        wanted = [r for name, r in splits.items() if name.startswith("train")] or [next(iter(splits.values()))]
+        return sum(r.bytes for r in wanted) / sum(r.tokens for r in wanted)
 
     def train_dataloader(self) -> Batches | StreamBatches:
         """Endless batches of this rank from the cursor on; has no length."""
         size = self._local_batch_size()
+        recipe = self._recipe(self.seed)
         if self.corpus.streaming:
             rank = self._rank()[0]
             return StreamBatches(
                 self._stream,
-                self.objective,
-                self.block_size,
+                recipe,
                 self.batch_size,
                 slice(rank * size, (rank + 1) * size),
                 self.prefetch if self.num_workers else 0,
                 self._pin_memory,
                 self._stream_states.__setitem__,
             )
-        packed = PackedTokens(
-            self._tokens("train"), self.tokenizer.token_bytes, self._order(), self._mask_eos, self.max_samples
-        )
         return Batches(
-            Collated(packed, self.objective, self.block_size),
+            Collated(self._train_source(), recipe),
             lambda: self._train_indices(size),
             self.num_workers,
             self.prefetch,
@@ -168,18 +215,14 @@ class TextData(LightningDataModule):
         """A split in order, each token after the first predicted once; on W ranks each has every W-th block."""
         if self.corpus.streaming and split == "train":
             raise UserError("A streaming training split has no end to evaluate; choose split=validation.")
-        source = SequentialTokens(
-            self._tokens(split),
-            self.tokenizer.token_bytes,
-            self.sample_length,
-            stride_of(self.sample_length, self.block_size),
-            self._mask_eos,
-            max_blocks,
-        )
-        self._check_size(split, len(source.blocks))
+        sources = []
+        for number, part in enumerate(self.parts):
+            sources.append(self._evaluation_source(number, split, max_blocks))
+            self._check_size(split, len(sources[-1]), part)
+        source: SizedSource = InTurn(sources, max_blocks) if is_parted(self.corpus) else sources[0]
         rank, world_size = self._rank()
-        batches = source.batches(self.eval_batch_size, rank, world_size)
-        collated = Collated(source, self.objective, self.block_size)
+        batches = evaluation_batches(len(source), self.eval_batch_size, rank, world_size)
+        collated = Collated(source, self._recipe(EVAL_SEED))
         return SizedBatches(collated, lambda: batches, 0, self.prefetch, self._pin_memory)
 
     def advance(self, n_samples: int) -> None:
@@ -212,14 +255,64 @@ class TextData(LightningDataModule):
 
         return torch.cuda.is_available()
 
-    def _tokens(self, split: str) -> TokenFile:
-        if self.cache is None:
-            raise UserError(f"The corpus has no {split} split; it has {', '.join(self.corpus.splits)}.")
-        return self.cache.stream(split)
+    def _recipe(self, seed: int) -> Recipe:
+        return Recipe(self.objective, self.tokenizer, self.family, self.block_size, seed)
 
-    def _order(self) -> BlockOrder:
+    def _tokens(self, split: str, part: int = 0, side: int = 0) -> TokenFile:
+        if not self._caches:
+            raise UserError(f"The corpus has no {split} split; it has {', '.join(self.corpus.splits)}.")
+        return self._caches[part][side].stream(split)
+
+    def _sides(self, split: str, part: int) -> tuple[Side, Side]:
+        first, second = (
+            Side(cache.stream(split), cache.offsets(split), self.corpus.languages.index(language))  # type: ignore[attr-defined]
+            for cache, language in zip(self._caches[part], self.parts[part].languages, strict=True)
+        )
+        return first, second
+
+    def _train_source(self) -> Source:
+        sources: list[Source] = []
+        for number, part in enumerate(self.parts):
+            if len(part.languages) > 1:
+                sources.append(Pairs(self._sides("train", number), self.tokenizer.token_bytes, number, self.seed))
+                continue
+            repeated = None if is_parted(self.corpus) else self.max_samples
+            order = self._order(number)
+            stream = self._tokens("train", number)
+            sources.append(PackedTokens(stream, self.tokenizer.token_bytes, order, self._mask_eos, repeated))
+        if not is_parted(self.corpus):
+            return sources[0]
+        tagged = [self._tagged(source, number) for number, source in enumerate(sources)]
+        return Mixed(tagged, MixtureOrder(self.shares, self.seed), self.max_samples)
+
+    def _evaluation_source(self, number: int, split: str, max_blocks: int | None) -> SizedSource:
+        if len(self.parts[number].languages) > 1:
+            return Pairs(self._sides(split, number), self.tokenizer.token_bytes, number, None)
         stride = stride_of(self.sample_length, self.block_size)
-        return BlockOrder(self._tokens("train").n_tokens, self.sample_length, stride, self.seed)
+        stream = self._tokens(split, number)
+        most = None if is_parted(self.corpus) else max_blocks
+        source = SequentialTokens(
+            stream, self.tokenizer.token_bytes, self.sample_length, stride, self._mask_eos, most
+        )
+        return self._tagged(source, number)
+
+    def _tagged(self, source: Any, number: int) -> Any:
+        """A source of one language with its tags; pairs have theirs, and a corpus without parts needs none."""
+        if isinstance(source, Pairs) or not is_parted(self.corpus):
+            return source
+        language = self.corpus.languages.index(self.parts[number].languages[0])  # type: ignore[attr-defined]
+        return Tagged(source, number, language)
+
+    def _order(self, part: int = 0) -> BlockOrder:
+        stride = stride_of(self.sample_length, self.block_size)
+        return BlockOrder(self._tokens("train", part).n_tokens, self.sample_length, stride, self.seed)
+
+    def _sizes(self) -> list[int]:
+        """Training samples of each part."""
+        return [
+            caches[0].report.splits["train"].documents if len(caches) > 1 else self._order(number).n_blocks
+            for number, caches in enumerate(self._caches)
+        ]
 
     def _stream(self) -> TokenStream:
         """The training stream at the cursor."""
@@ -232,11 +325,12 @@ class TextData(LightningDataModule):
         rows = partial(self.corpus.rows, "train")
         return TokenStream(rows, self.tokenizer, self.sample_length, self.block_size, self._mask_eos, state)
 
-    def _check_size(self, split: str, n_blocks: int) -> None:
+    def _check_size(self, split: str, n_blocks: int, part: Part) -> None:
         if n_blocks < 1:
-            n = self._tokens(split).n_tokens
+            n = self._tokens(split, self.parts.index(part)).n_tokens
+            of = f" of {part.name}" if is_parted(self.corpus) else ""
             raise UserError(
-                f"The {split} split holds {n} tokens, a block of data.block_size={self.block_size} needs "
+                f"The {split} split{of} holds {n} tokens, a block of data.block_size={self.block_size} needs "
                 f"{self.sample_length}; give the corpus more text, or set data.block_size={max(2, n // 2)} or less."
             )
 

@@ -58,6 +58,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one); returns the new tokens alone, the end of document included.
 
+    An encoder-decoder reads the prompt and writes its answer, from `model.decoder_start_id` on.
+
     Row i is a pure function of its prompt, the seed and `first_row` + i, whichever rows stand beside it. Each token
     is predicted from at most the last `model.max_length` ones; as long as these fit, from cached keys and values.
     `vocab_size`: ids from there on (padding of the vocabulary) are never drawn. `on_token(row, token)` is called for
@@ -86,6 +88,8 @@ def _generate(
     on_token: Callable[[int, int], None] | None,
     first_row: int,
 ) -> list[list[int]]:
+    if model.family == "encoder_decoder":
+        return _answer(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
     weight = model.head.weight
     device = weight.device
     width = max(len(prompt) for prompt in prompts)
@@ -100,8 +104,7 @@ def _generate(
     if width <= room:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         cache = model.new_cache(len(prompts), room, device, dtype)
-    results: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
+    rows = _Rows(len(prompts), sampling, eos_id, vocab_size, on_token, first_row)
     for _ in range(sampling.max_new_tokens):
         width = tokens.shape[1]
         if cache is not None and width <= room:
@@ -109,19 +112,82 @@ def _generate(
         else:
             cache = None  # the window slides: every position of it changes, so that nothing can be kept
             hidden = _hidden(model, tokens, pads, max(0, width - model.max_length), None)
-        logits = model.head(hidden[:, -1])[:, :vocab_size]  # (B, V)
-        drawn = next_tokens(logits, sampling, [(first_row + i, len(r)) for i, r in enumerate(results)])
-        for row, token in enumerate(drawn.tolist()):
-            if done[row]:
-                continue
-            results[row].append(token)
-            done[row] = sampling.stop_at_eos and token == eos_id
-            if on_token is not None:
-                on_token(row, token)
-        if all(done):
+        drawn = rows.draw(model.head(hidden[:, -1]))
+        if all(rows.done):
             break
         tokens = torch.cat((tokens, drawn[:, None]), 1)
-    return results
+    return rows.tokens
+
+
+def _answer(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_id: int | None,
+    vocab_size: int,
+    on_token: Callable[[int, int], None] | None,
+    first_row: int,
+) -> list[list[int]]:
+    """`_generate` for an encoder-decoder: the encoder reads the last `max_length` tokens of each prompt once."""
+    weight = model.head.weight
+    device = weight.device
+    prompts = [list(prompt)[-model.max_length :] for prompt in prompts]
+    width = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+    documents = torch.full_like(tokens, -1)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        documents[row, : len(prompt)] = 0
+    positions = torch.arange(width, device=device).expand_as(tokens)
+    padded = {"documents": documents, "positions": positions} if (documents < 0).any() else {}
+    memory = model.encode(tokens, **padded)
+    seen = {"documents": documents} if padded else {}
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+    room = min(model.max_length, sampling.max_new_tokens)
+    cache = model.new_cache(len(prompts), room, device, dtype)
+    rows = _Rows(len(prompts), sampling, eos_id, vocab_size, on_token, first_row)
+    drawn = torch.full((len(prompts),), model.decoder_start_id, dtype=torch.int64, device=device)
+    for _ in range(room):
+        own = {"decoder_documents": torch.zeros_like(drawn[:, None])} if padded else {}
+        hidden = model.decode(drawn[:, None], memory, **seen, **own, cache=cache)
+        drawn = rows.draw(model.head(hidden[:, -1]))
+        if all(rows.done):
+            break
+    return rows.tokens
+
+
+class _Rows:
+    """What has been written so far, row by row."""
+
+    def __init__(
+        self,
+        count: int,
+        sampling: Sampling,
+        eos_id: int | None,
+        vocab_size: int,
+        on_token: Callable[[int, int], None] | None,
+        first_row: int,
+    ) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.done = [False] * count
+        self.sampling = sampling
+        self.eos_id = eos_id
+        self.vocab_size = vocab_size
+        self.on_token = on_token
+        self.first_row = first_row
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Choose the next token of each row from its logits (B, V), append it where the row goes on; (B,)."""
+        places = [(self.first_row + i, len(row)) for i, row in enumerate(self.tokens)]
+        drawn = next_tokens(logits[:, : self.vocab_size], self.sampling, places)
+        for row, token in enumerate(drawn.tolist()):
+            if self.done[row]:
+                continue
+            self.tokens[row].append(token)
+            self.done[row] = self.sampling.stop_at_eos and token == self.eos_id
+            if self.on_token is not None:
+                self.on_token(row, token)
+        return drawn
 
 
 def _hidden(model: nn.Module, tokens: Tensor, pads: Tensor, start: int, cache: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lmexp.contracts import UserError
+from lmexp.data.parted import is_parted
 from lmexp.job.build import Parts, accelerator_of, build_node, build_task, precision_of
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -56,6 +57,9 @@ def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
     if not errors and training:
         collect(lambda: check_division(cfg, world_size))
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
+    collect(lambda: check_objective(cfg, made))
+    if None not in (made["metric"], made["objective"], made["data"]):
+        made["metric"].bind(made["objective"].bits, collect(lambda: made["data"].part_names) or ())
     callbacks = _callbacks(cfg, made["metric"], errors, collect) if training else []
     if training and made["data"] is not None and "validation" not in made["data"].corpus.splits:
         errors.append(
@@ -88,7 +92,7 @@ WHOLE = {"seed": 0, "batch_size": 1, "max_steps": 1, "validate_every": 1, "log_e
 
 _PARTS = ("data", "tokenizer", "model", "objective", "optimizer", "schedule", "decoding", "metric")
 
-ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "out"} | {
+ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "init_from", "out", "format"} | {
     *("job", "task", "callback", "logger", "trainer", "paths")
 }
 """Every key of the root that something reads."""
@@ -113,6 +117,48 @@ def _callbacks(
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
     used = [c for c in made.values() if not getattr(c, "idle", False)]  # each one costs every step something
     return [*used, checkpoint]  # last, whatever was added: it saves what the others did
+
+
+def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
+    """Raise `UserError` unless the objective trains models of this family, on samples that the corpus has."""
+    objective, model, data = made["objective"], made["model"], made["data"]
+    if objective is None or model is None:
+        return
+    name = type(objective).__name__
+    if model.family not in objective.families:
+        raise UserError(
+            f"objective {name} trains {_list(objective.families)} models, and {type(model).__name__} is "
+            f"{_article(model.family)}; choose {FITTING[model.family]}."
+        )
+    if data is None or not is_parted(data.corpus):
+        return
+    pairs = [part.name for part in data.parts if len(part.languages) > 1]
+    if pairs and not getattr(objective, "reads_pairs", False):
+        raise UserError(
+            f"objective {name} reads single texts, and the corpus has pairs ({', '.join(pairs[:3])}); set "
+            "objective=translation_lm, or give the corpus no pairs."
+        )
+    if getattr(objective, "language_embeddings", False) and model.n_languages < len(data.corpus.languages):
+        raise UserError(
+            f"objective.language_embeddings=true with {len(data.corpus.languages)} languages, and the model has "
+            f"embeddings for model.n_languages={model.n_languages}; set model.n_languages={len(data.corpus.languages)}."
+        )
+
+
+FITTING = {
+    "decoder": "objective=causal_lm or prefix_lm for it, or model=bert",
+    "encoder": "objective=masked_lm for it, or a decoder such as model=fast",
+    "encoder_decoder": "objective=span_corruption, denoising or prefix_lm for it, or a decoder such as model=fast",
+}
+"""What to choose instead, for each model family."""
+
+
+def _article(family: str) -> str:
+    return f"a{'n' if family[0] in 'aeiou' else ''} {family.replace('_', '-')}"
+
+
+def _list(families: Sequence[str]) -> str:
+    return " and ".join(family.replace("_", "-") for family in families)
 
 
 def check_devices(cfg: DictConfig, world_size: int) -> None:

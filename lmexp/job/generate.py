@@ -35,6 +35,11 @@ def generate(plan: Plan) -> None:
     quiet_libraries()
     prompts = read_prompts(job.prompt, job.prompt_file)
     restored = restore(plan, 1)
+    if restored.task.model.family == "encoder":
+        raise UserError(
+            f"ckpt={plan.config.ckpt} holds an encoder ({type(restored.task.model).__name__}), which reads and does not "
+            "write; give the checkpoint of a decoder or an encoder-decoder."
+        )
     rows: list[dict[str, Any]] = [{"prompt": p, "sample": s} for p in prompts for s in range(job.samples)]
     for first in range(0, len(rows), job.batch_size):
         _continue(restored, rows[first : first + job.batch_size], first, stream=len(rows) == 1)
@@ -67,7 +72,10 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
     device = torch.device(accelerator_of(restored.cfg))
     model = restored.task.model.to(device)
     ids = tokenizer.encode([row["prompt"] for row in rows])
-    prompts = [[tokenizer.eos_id, *(int(i) for i in row)] for row in ids]
+    prompts = [[int(i) for i in row] for row in ids]
+    # a document begins after the end of another; an encoder reads texts that end
+    decoder = model.family == "decoder"
+    prompts = [[tokenizer.eos_id, *row] if decoder else [*row, tokenizer.eos_id] for row in prompts]
     shown: list[int] = []
     printed = ""
 

@@ -17,7 +17,7 @@ from lmexp.run import checkpoint as files
 from lmexp.task.base import BaseTask
 from lmexp.tokenizer.tokenizer import Tokenizer
 
-_ASKED = ("job", "ckpt", "out", "trainer", "paths", "decoding", "seed")
+_ASKED = ("job", "ckpt", "out", "format", "trainer", "paths", "decoding", "seed")
 """What the command line decides also where there is a checkpoint; the rest is the checkpoint's, `data` either's."""
 
 _KEPT = ("block_size", "document_mask")

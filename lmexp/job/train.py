@@ -141,8 +141,10 @@ def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: A
         cfg.batch_size,
         cfg.seed,
         cfg.max_samples,
+        parts.model.family,
     )
     data.prepare(terminal.console)
+    parts.metric.bind(parts.objective.bits, data.part_names, torch.from_numpy(data.tokenizer.token_bytes))
     if data.report.splits:
         terminal.print(data.report.table())
         sample = " ".join(data.report.sample.split())[:200]
@@ -221,6 +223,7 @@ def _session(
         log_every=cfg.log_every,
         batch_size=cfg.batch_size,
         block_size=data.block_size,
+        bits=data.objective.bits,
         peak_flops=None if peak is None else peak * world_size,
         max_seconds=seconds_of(cfg.max_time),
         texts={
@@ -276,7 +279,7 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
     metrics = dict(session.metrics)
     metrics.setdefault("steps", session.steps_before)
     metrics.setdefault("seconds", session.seconds_before)
-    metrics["tokens"] = metrics["steps"] * session.batch_size * session.block_size
+    metrics["tokens"] = metrics.get("speed/tokens", 0)
     if rank == 0:
         write_json(session.directory.metrics, metrics)
         table = Table(title="Results", title_justify="left")

@@ -10,12 +10,13 @@ No biases. Few large operations a layer: at small widths a step is bound by thei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmexp.contracts import UserError
+from lmexp.contracts import Family, UserError
 from lmexp.model.layers import (
     FusedLinear,
     Head,
@@ -38,6 +39,8 @@ from lmexp.model.layers import (
 @dataclass(frozen=True)
 class FastConfig:
     """The shape and the options of the fast recipe."""
+
+    family: ClassVar[Family] = "decoder"
 
     n_layers: int
     """Blocks of attention and feed-forward."""
@@ -114,6 +117,7 @@ class Fast(nn.Module):
         super().__init__()
         c = self.config = config
         self.vocab_size, self.max_length, self.n_layers = vocab_size, c.max_length, c.n_layers
+        self.family = c.family
         self.embed = nn.Embedding(vocab_size, c.d_model)
         self.rotary = Rotary(c.d_model // c.n_heads, c.max_length, c.rope_theta)
         self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, c.d_model) for _ in range(c.value_layers))
@@ -145,16 +149,18 @@ class Fast(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D).
 
         `documents` (B, T): attention stops where they change. `positions` (B, T): instead of 0, 1, ...
-        `cache`: `tokens` follow what it holds, and are added to it.
+        `cache`: `tokens` follow what it holds, and are added to it. `prefix` (B,): so many first positions see
+        one another both ways.
         """
         length = tokens.shape[1]
         start = 0 if cache is None else cache.length
         assert start + length <= self.max_length, f"{start + length} positions, the model has {self.max_length}"
-        seen = visible(tokens, documents, cache)
+        seen = visible(tokens, documents, cache, prefix)
         x = first = unit_rms(self.embed(tokens))  # (B, T, D)
         cos, sin = self.rotary.tables(start, length, positions, x.dtype)
         tables = cos.unsqueeze(-2), sin.unsqueeze(-2)  # queries and keys are turned together

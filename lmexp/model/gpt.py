@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmexp.contracts import Family
 from lmexp.model.layers import (
     FusedLinear,
     Head,
@@ -31,6 +33,8 @@ from lmexp.model.layers import (
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT."""
+
+    family: ClassVar[Family] = "decoder"
 
     n_layers: int
     """Blocks of attention and feed-forward."""
@@ -77,6 +81,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.vocab_size, self.max_length, self.n_layers = vocab_size, c.max_length, c.n_layers
+        self.family = c.family
         self.embed = nn.Embedding(vocab_size, c.d_model)
         self.position = nn.Embedding(c.max_length, c.d_model)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
@@ -100,16 +105,18 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D).
 
         `documents` (B, T): attention stops where they change. `positions` (B, T): rows of the position table instead
-        of 0, 1, ... `cache`: `tokens` follow what it holds, and are added to it.
+        of 0, 1, ... `cache`: `tokens` follow what it holds, and are added to it. `prefix` (B,): so many first positions see
+        one another both ways.
         """
         length = tokens.shape[1]
         start = 0 if cache is None else cache.length
         assert start + length <= self.max_length, f"{start + length} positions, the model has {self.max_length}"
-        seen = visible(tokens, documents, cache)
+        seen = visible(tokens, documents, cache, prefix)
         place = self.position.weight[start : start + length] if positions is None else self.position(positions)
         x = F.dropout(self.embed(tokens) + place, self.config.dropout, self.training)  # (B, T, D)
         for block in self.blocks:

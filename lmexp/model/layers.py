@@ -7,6 +7,8 @@ D model width, V vocabulary, N positions of all sequences.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -155,10 +157,12 @@ class Visible(NamedTuple):
     causal: bool
 
 
-def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None) -> Visible:
+def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, prefix: Tensor | None = None) -> Visible:
     """Each position sees itself and those before it, with `documents` (B, T) only those of its own document.
 
-    With a cache the new positions stand at the right of the cached ones, whose documents it remembers.
+    With a cache the new positions stand at the right of the cached ones, whose documents it remembers. The first
+    `prefix` (B,) positions of a row see one another both ways (Raffel et al. 2020, section 3.2.1); not with a cache
+    that holds something already.
     """
     length = tokens.shape[1]
     start = 0 if cache is None else cache.length
@@ -167,10 +171,14 @@ def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None) -> 
         assert start == 0 or cache.documents is not None, "the cached positions were given no documents"
         keys = documents if cache.documents is None else torch.cat((cache.documents, documents), 1)
         cache.documents = keys
-    if documents is None and (start == 0 or length == 1):
+    if documents is None and prefix is None and (start == 0 or length == 1):
         return Visible(None, causal=length > 1)
     ones = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device)
     mask = ones.tril(start)[None, None]
+    if prefix is not None:
+        assert start == 0, "a prefix is read at once"
+        inside = torch.arange(length, device=tokens.device) < prefix[:, None]  # (B, T)
+        mask = mask | (inside[:, None, :, None] & inside[:, None, None, :])
     if documents is not None:
         assert keys is not None
         mask = mask & (documents[:, None, :, None] == keys[:, None, None, :])
@@ -182,6 +190,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
 
     q (B, H, T, E), k and v (B, K, S, E) with K a divisor of H (grouped queries); returns (B, T, H * E).
     """
+    for record in _recording:
+        record.append(_attention_weights(q, k, seen, scale))
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -193,6 +203,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
+
+
+_recording: list[list[Tensor]] = []
+
+
+@contextmanager
+def recorded_attention() -> Iterator[list[Tensor]]:
+    """Collects the attention weights (B, H, T, S) of every call of `attend` inside, in the order of the calls."""
+    record: list[Tensor] = []
+    _recording.append(record)
+    try:
+        yield record
+    finally:
+        _recording.remove(record)
+
+
+def _attention_weights(q: Tensor, k: Tensor, seen: Visible, scale: float | None) -> Tensor:
+    """softmax(q k^T * scale) (B, H, T, S), which `attend` itself never holds."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.detach() @ k.detach().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if seen.mask is not None:
+        scores = scores.masked_fill(~seen.mask, -torch.inf) if seen.mask.dtype == torch.bool else scores + seen.mask
+    elif seen.causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores.float().softmax(-1)
 
 
 class Head(nn.Module):

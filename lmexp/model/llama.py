@@ -1,18 +1,23 @@
-"""Llama (Touvron et al. 2023, section 2.2; grouped queries as in Llama 2 and 3, 2023-24).
+"""Llama (Touvron et al. 2023, section 2.2; grouped queries as in Llama 2 and 3, 2023-24), and Qwen2 and Qwen3.
 
 A decoder with rotary positions, RMSNorm before each sublayer and at the end, a SwiGLU feed-forward (Shazeer 2020,
-eq. 6), no biases, and queries that may share keys and values in groups (Ainslie et al. 2023).
+eq. 6), no biases, and queries that may share keys and values in groups (Ainslie et al. 2023). Qwen2 (Yang et al. 2024,
+section 2.2.1) has biases in the projections to queries, keys and values; Qwen3 (Yang et al. 2025, section 2) norms
+queries and keys instead.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmexp.contracts import UserError
+from lmexp.contracts import Family, UserError
 from lmexp.model.layers import (
     FusedLinear,
     Head,
@@ -33,6 +38,8 @@ from lmexp.model.layers import (
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama."""
+
+    family: ClassVar[Family] = "decoder"
 
     n_layers: int
     """Blocks of attention and feed-forward."""
@@ -60,6 +67,15 @@ class LlamaConfig:
 
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths: the longest is 2 pi * theta positions."""
+
+    rope_scaling: Mapping[str, float] | None = None
+    """How Llama 3.1 stretches long wavelengths, the four numbers of `SCALING_KEYS`; null: not at all."""
+
+    qkv_bias: bool = False
+    """Biases in the projections to queries, keys and values (Qwen2)."""
+
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before they are rotated, its weights shared by the heads (Qwen3)."""
 
     norm_eps: float = 1e-5
     """Added to the mean square in norms."""
@@ -89,6 +105,8 @@ class LlamaConfig:
             check_heads("model", self.d_model, self.n_heads)
         if self.n_heads % self.kv_heads:
             raise UserError(f"model.n_kv_heads={self.n_kv_heads}; expected a divisor of n_heads={self.n_heads}.")
+        if self.rope_scaling is not None:
+            _check_scaling(self.rope_scaling)
 
     @property
     def kv_heads(self) -> int:
@@ -105,6 +123,21 @@ class LlamaConfig:
         return Llama(self, round_up(vocab_size, self.vocab_multiple))
 
 
+SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""Keys of `rope_scaling`, named as in Llama 3.1's own files."""
+
+
+def _check_scaling(scaling: Mapping[str, float]) -> None:
+    if set(scaling) != set(SCALING_KEYS):
+        raise UserError(f"model.rope_scaling={dict(scaling)}; expected the keys {', '.join(SCALING_KEYS)}, or null.")
+    check_positive("model.rope_scaling", **scaling)
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(
+            f"model.rope_scaling.low_freq_factor={scaling['low_freq_factor']}; expected less than "
+            f"high_freq_factor={scaling['high_freq_factor']}."
+        )
+
+
 class Llama(nn.Module):
     """Tokens (B, T) int64 to hidden states (B, T, D); `head` turns these into logits and losses."""
 
@@ -112,15 +145,22 @@ class Llama(nn.Module):
         super().__init__()
         c = self.config = config
         self.vocab_size, self.max_length, self.n_layers = vocab_size, c.max_length, c.n_layers
+        self.family = c.family
         self.embed = nn.Embedding(vocab_size, c.d_model)
-        self.rotary = Rotary(c.head_width, c.max_length, c.rope_theta)
+        self.rotary = (
+            Rotary(c.head_width, c.max_length, c.rope_theta)
+            if c.rope_scaling is None
+            else ScaledRotary(c.head_width, c.max_length, c.rope_theta, c.rope_scaling)
+        )
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Head(c.d_model, vocab_size, tied=self.embed if c.tied else None)
         with torch.no_grad():
-            for p in self.parameters():
+            for name, p in self.named_parameters():
                 if p.dim() == 2:
                     p.normal_(std=c.init_std)
+                elif name.endswith("bias"):
+                    p.zero_()
 
     def forward(
         self,
@@ -128,16 +168,18 @@ class Llama(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D).
 
         `documents` (B, T): attention stops where they change. `positions` (B, T): instead of 0, 1, ...
-        `cache`: `tokens` follow what it holds, and are added to it.
+        `cache`: `tokens` follow what it holds, and are added to it. `prefix` (B,): so many first positions see
+        one another both ways.
         """
         length = tokens.shape[1]
         start = 0 if cache is None else cache.length
         assert start + length <= self.max_length, f"{start + length} positions, the model has {self.max_length}"
-        seen = visible(tokens, documents, cache)
+        seen = visible(tokens, documents, cache, prefix)
         x = self.embed(tokens)  # (B, T, D)
         tables = self.rotary.tables(start, length, positions, x.dtype)
         for block in self.blocks:
@@ -156,6 +198,26 @@ class Llama(nn.Module):
         """An empty cache for `length` positions of `batch` sequences."""
         c = self.config
         return KVCache(c.n_layers, batch, c.kv_heads, length, c.head_width, device, dtype)
+
+
+class ScaledRotary(Rotary):
+    """Rotary positions whose long wavelengths are stretched for long contexts (Llama 3.1, Grattafiori et al. 2024,
+    section 3.4.2; the rule stands in its code, `apply_scaling`).
+
+    With r = original_max_position_embeddings / wavelength, frequencies of r below `low_freq_factor` are divided by
+    `factor`, those above `high_freq_factor` stay, and those between are mixed in proportion.
+    """
+
+    def __init__(self, d_head: int, max_length: int, theta: float, scaling: Mapping[str, float]) -> None:
+        super().__init__(d_head, max_length, theta)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        frequency = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)  # (E/2,)
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = kept * frequency + (1 - kept) * frequency / scaling["factor"]
+        angle = torch.outer(torch.arange(max_length, dtype=torch.float64), frequency)  # (max_length, E/2)
+        self.cos = torch.cat((angle.cos(), angle.cos()), -1).float()
+        self.sin = torch.cat((-angle.sin(), angle.sin()), -1).float()
 
 
 class Block(nn.Module):
@@ -180,12 +242,17 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.d_head = layer, c.head_width
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
-        self.qkv = FusedLinear(c.d_model, (self.d_head,) * (self.n_heads + 2 * self.n_kv_heads))
+        self.qkv = FusedLinear(c.d_model, (self.d_head,) * (self.n_heads + 2 * self.n_kv_heads), bias=c.qkv_bias)
+        self.q_norm = RMSNorm(self.d_head, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(self.d_head, c.norm_eps) if c.qk_norm else None
         self.output = nn.Linear(self.n_heads * self.d_head, c.d_model, bias=False)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], seen: Visible, cache: KVCache | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, T, H + 2 K, E)
         qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
         q, k = rotate(qk, tables).split((self.n_heads, self.n_kv_heads), 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
         if cache is not None:

@@ -1,49 +1,107 @@
-"""Causal language modelling: predict each token from those before it."""
+"""Causal language modelling: predict each token from those before it; with text to be filled in, if wanted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from lmexp.contracts import IGNORE_INDEX, Batch, Sample
+from lmexp.contracts import IGNORE_INDEX, Batch, Collate, Family, Sample, UserError
+from lmexp.objective.noise import generator
 
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Inputs are tokens 0..T-1 of a sample, labels tokens 1..T; loss -sum_t log p(x_t | x_<t)."""
+    """Inputs are tokens 0..T-1 of a sample, labels tokens 1..T; loss -sum_t log p(x_t | x_<t).
+
+    With a `fim_rate`, so many samples are cut into prefix, middle and suffix and rearranged, so that the model learns
+    to write the middle last (Bavarian et al. 2022, section 3).
+    """
+
+    fim_rate: float = 0.0
+    """Share of the samples that is rearranged, in [0, 1]."""
+
+    fim_spm_rate: float = 0.5
+    """Share of these that put the suffix first (SPM, section 3.1 there), in [0, 1]."""
+
+    families: ClassVar[tuple[Family, ...]] = ("decoder",)
+    bits: ClassVar[str | None] = "bits_per_byte"
+    reads_documents: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("fim_rate", "fim_spm_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"objective.{name}={getattr(self, name)}; expected a share from 0 to 1.")
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return ("fim_prefix", "fim_middle", "fim_suffix") if self.fim_rate else ()
 
     def sample_length(self, block_size: int) -> int:
-        """Tokens of the stream that a sample of `block_size` inputs needs: one more, the last label."""
-        return block_size + 1
+        """Tokens of the stream that a sample of `block_size` inputs needs: one more, the last label; less the three
+        that rearranging adds."""
+        return block_size + 1 - len(self.special_tokens)
 
-    def collate(self, samples: Sequence[Sample], block_size: int) -> Batch:
-        """Stack samples to a batch (B, block_size); shorter samples are padded with token 0 and not scored."""
-        length = block_size + 1
-        if all(len(sample.tokens) == length for sample in samples):
-            tokens = np.stack([sample.tokens for sample in samples])
-            labels = tokens[:, 1:]
-            n_bytes = np.stack([sample.n_bytes for sample in samples])[:, 1:].sum(1)
-        else:
-            tokens = np.zeros((len(samples), length), dtype=np.int64)
-            labels = np.full((len(samples), block_size), IGNORE_INDEX, dtype=np.int64)
-            n_bytes = np.zeros(len(samples))
-            for row, sample in enumerate(samples):
-                n = len(sample.tokens)
-                tokens[row, :n] = sample.tokens
-                labels[row, : max(0, n - 1)] = sample.tokens[1:]
-                n_bytes[row] = sample.n_bytes[1:].sum()
-        inputs = {"tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))}
-        if any(sample.documents is not None for sample in samples):
-            documents, positions = _documents(samples, block_size)
-            inputs |= {"documents": documents, "positions": positions}
-        return {
-            "inputs": inputs,
-            "labels": torch.from_numpy(np.ascontiguousarray(labels)),
-            "n_bytes": torch.from_numpy(n_bytes.astype(np.int64)),
-        }
+    def collate(self, tokenizer: Any, family: Family) -> Collate:
+        return _Rearranging(self, tokenizer) if self.fim_rate else _stacked
+
+
+def _stacked(samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
+    """Stack samples to a batch (B, block_size); shorter samples are padded with token 0 and not scored."""
+    length = block_size + 1
+    if all(len(sample.tokens) == length for sample in samples):
+        tokens = np.stack([sample.tokens for sample in samples])
+        labels = tokens[:, 1:]
+        n_bytes = np.stack([sample.n_bytes for sample in samples])[:, 1:].sum(1)
+    else:
+        tokens = np.zeros((len(samples), length), dtype=np.int64)
+        labels = np.full((len(samples), block_size), IGNORE_INDEX, dtype=np.int64)
+        n_bytes = np.zeros(len(samples))
+        for row, sample in enumerate(samples):
+            n = len(sample.tokens)
+            tokens[row, :n] = sample.tokens
+            labels[row, : max(0, n - 1)] = sample.tokens[1:]
+            n_bytes[row] = sample.n_bytes[1:].sum()
+    inputs = {"tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))}
+    if any(sample.documents is not None for sample in samples):
+        documents, positions = _documents(samples, block_size)
+        inputs |= {"documents": documents, "positions": positions}
+    batch: Batch = {
+        "inputs": inputs,
+        "labels": torch.from_numpy(np.ascontiguousarray(labels)),
+        "n_bytes": torch.from_numpy(n_bytes.astype(np.int64)),
+    }
+    if any(sample.part for sample in samples):
+        batch["parts"] = torch.tensor([[sample.part] for sample in samples]).expand(-1, block_size).contiguous()
+    return batch
+
+
+class _Rearranging:
+    def __init__(self, settings: CausalLM, tokenizer: Any) -> None:
+        self.settings = settings
+        self.ids = [tokenizer.roles[role] for role in settings.special_tokens]
+
+    def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
+        return _stacked([self.rearranged(sample, seed) for sample in samples], block_size, seed)
+
+    def rearranged(self, sample: Sample, seed: int) -> Sample:
+        """<prefix> A <suffix> C <middle> B, or <prefix> <suffix> C <middle> A B; or the sample as it is."""
+        rng = generator(seed, sample.index)
+        n = len(sample.tokens)
+        if rng.random() >= self.settings.fim_rate or n < 2:
+            return sample
+        suffix_first = rng.random() < self.settings.fim_spm_rate
+        a, b = np.sort(rng.integers(0, n + 1, size=2))
+        before, within, after = np.split(np.arange(n), [a, b])
+        order = [[-1], [-3], after, [-2], before, within] if suffix_first else [[-1], before, [-3], after, [-2], within]
+        places = np.concatenate(order).astype(np.int64)
+        prefix_id, middle_id, suffix_id = self.ids
+        tokens = np.append(sample.tokens, [suffix_id, middle_id, prefix_id])[places]
+        n_bytes = np.append(sample.n_bytes, np.zeros(3, dtype=sample.n_bytes.dtype))[places]
+        return replace(sample, tokens=tokens, n_bytes=n_bytes, documents=None)
 
 
 def _documents(samples: Sequence[Sample], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,9 @@ class Session:
     block_size: int
     """Tokens in a sequence."""
 
+    bits: str | None
+    """What nats over bytes are called, from the objective; None: they mean nothing."""
+
     peak_flops: float | None
     """FLOP/s that all devices together can do at most; None where that is not known."""
 

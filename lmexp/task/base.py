@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
+from lmexp.data.loader import each_tensor
 
 OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -65,7 +66,7 @@ class BaseTask(LightningModule):
 
     def on_train_start(self) -> None:
         self._window_start = self.trainer.global_step
-        self._ring = torch.zeros(self.log_every, 4, dtype=torch.float32, device=self.device)
+        self._ring = torch.zeros(self.log_every, 5, dtype=torch.float32, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step: backward over the micro-batches, mean gradient, clip, update."""
@@ -93,7 +94,9 @@ class BaseTask(LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         assert self._ring is not None
-        self._ring[step % self.log_every] = torch.stack((total, batch["n_bytes"].sum().float(), count.float(), norm))
+        read = torch.as_tensor(tokens_read(batch), dtype=torch.float32, device=self.device)
+        measured = (total, batch["n_bytes"].sum().float(), read, count.float(), norm)
+        self._ring[step % self.log_every] = torch.stack(measured)
 
     def _no_sync(self) -> Any:
         """Gradients of all but the last micro-batch stay on their device."""
@@ -125,24 +128,39 @@ class BaseTask(LightningModule):
         self._window_start = step
         values = self._ring.clone()
         if self.trainer.world_size > 1:
-            sums = values[:, :2].contiguous()
+            sums = values[:, :3].contiguous()
             dist.all_reduce(sums)  # counts and norms are equal on all devices already
-            values[:, :2] = sums
+            values[:, :3] = sums
         rows = values.cpu().double()[[s % self.log_every for s in steps]]
-        loss = (rows[:, 0] / rows[:, 2]).tolist()
-        return StepRecord(steps, loss, [int(n) for n in rows[:, 2].tolist()], rows[:, 1].tolist(), rows[:, 3].tolist())
+        nats, n_bytes, read, count, norm = rows.T
+        return StepRecord(
+            steps,
+            loss=(nats / count).tolist(),
+            tokens=[int(n) for n in count.tolist()],
+            positions=[int(n) for n in read.tolist()],
+            n_bytes=n_bytes.tolist(),
+            grad_norm=norm.tolist(),
+        )
 
 
 def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """Cut a batch into micro-batches of at most `size` sequences; None: one."""
+    """Cut a batch into micro-batches of at most `size` rows; None: one."""
     n = batch["labels"].shape[0]
     if size is None or size >= n:
         yield batch
         return
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        yield {
-            "inputs": {name: value[rows] for name, value in batch["inputs"].items()},
-            "labels": batch["labels"][rows],
-            "n_bytes": batch["n_bytes"][rows],
-        }
+        yield each_tensor(batch, lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+
+
+def tokens_read(batch: Batch) -> int | Tensor:
+    """Tokens that the model reads, of encoder and decoder, padding left out."""
+    inputs = batch["inputs"]
+    read: int | Tensor = 0
+    for name in ("", "decoder_"):
+        if f"{name}documents" in inputs:
+            read = read + (inputs[f"{name}documents"] >= 0).sum()
+        elif f"{name}tokens" in inputs:
+            read = read + inputs[f"{name}tokens"].numel()
+    return read

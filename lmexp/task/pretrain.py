@@ -6,29 +6,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lmexp.contracts import IGNORE_INDEX, Batch
+from lmexp.metric.language_modeling import LanguageModeling
 from lmexp.task.base import BaseTask, split_batch
 
 
 class Pretrain(BaseTask):
     """A language model under an objective; validation sums the metric over all tokens of the split."""
 
-    def __init__(self, metric: Metric, **base: Any) -> None:
+    def __init__(self, metric: LanguageModeling, **base: Any) -> None:
         super().__init__(**base)
         self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
         self.measured: dict[str, float] = {}
         """What the last pass over a split gave, with `tokens`, how many were scored."""
 
     @property
-    def metric(self) -> Metric:
+    def metric(self) -> LanguageModeling:
         """The sums over a split."""
         return self._metric[0]
 
     def loss_sum(self, batch: Batch) -> Tensor:
+        return self._loss(batch, "sum")
+
+    def _loss(self, batch: Batch, reduction: str) -> Tensor:
         hidden = self.model(**batch["inputs"])  # (B, T, D)
-        return self.model.head.loss(hidden.flatten(0, 1), batch["labels"].flatten())  # type: ignore[operator, union-attr]
+        if "scored" in batch:
+            hidden = hidden.gather(1, batch["scored"][..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, D)
+        labels = batch["labels"].flatten()
+        return self.model.head.loss(hidden.flatten(0, 1), labels, reduction=reduction)  # type: ignore[operator, union-attr]
 
     def on_validation_epoch_start(self) -> None:
         self.metric.to(self.device)
@@ -37,8 +43,12 @@ class Pretrain(BaseTask):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with torch.no_grad():
             for micro in split_batch(batch, self.micro_batch_size):
-                scored = (micro["labels"] != IGNORE_INDEX).sum()
-                self.metric.update(self.loss_sum(micro), scored, micro["n_bytes"].sum())
+                losses = self._loss(micro, "none")
+                labels = micro["labels"]
+                self.metric.update(losses.sum(), (labels != IGNORE_INDEX).sum(), micro["n_bytes"].sum())
+                if self.metric.parts:
+                    parts = micro["parts"] if "parts" in micro else torch.zeros_like(labels)
+                    self.metric.update_parts(losses, labels.flatten(), parts.flatten())
 
     def on_validation_epoch_end(self) -> None:
         """Write the numbers of the split under val/, against the optimizer step."""

@@ -23,7 +23,14 @@ _PROBE = "a  b\n\n\tÀ\u0301é\u00a0ﬁ①\x00\ufeff\ud7ff\U0001f469\u200d\U0001
 class SubwordTokenizer(Tokenizer):
     """Wraps a `tokenizers.Tokenizer`, whose own threads encode a batch of texts in parallel."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str, pad: str | None, unk: str | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos: str,
+        pad: str | None,
+        unk: str | None,
+        roles: dict[str, int] | None = None,
+    ) -> None:
         """`eos`, `pad` and `unk` are the spellings of special tokens in the backend's vocabulary."""
         backend.encode_special_tokens = True  # text that spells one is text; not kept in the backend's JSON
         backend.no_truncation()
@@ -31,6 +38,7 @@ class SubwordTokenizer(Tokenizer):
         self.backend = backend
         self._backend_state = json.loads(backend.to_str())
         self._spelled = {"eos": eos, "pad": pad, "unk": unk}
+        self.roles = dict(roles or {})
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         eos_id = backend.token_to_id(eos)
         assert eos_id is not None, eos
@@ -43,6 +51,22 @@ class SubwordTokenizer(Tokenizer):
         self._byte_level = alphabet <= set(backend.get_vocab(with_added_tokens=False))
         self.token_bytes = self._sizes(alphabet)
         self.lossless = self._byte_level and self.decode(self._encode([_PROBE])[0]) == _PROBE
+
+    def _special_id(self, spelling: str) -> int | None:
+        i = self.backend.token_to_id(spelling)
+        return i if i in self._special else None
+
+    def _extended(self, spellings: Sequence[str], roles: dict[str, int]) -> SubwordTokenizer:
+        import tokenizers
+
+        backend = tokenizers.Tokenizer.from_str(json.dumps(self._backend_state))
+        backend.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False) for s in spellings])
+        state = json.loads(backend.to_str())
+        # the library may write a float one bit off when it reads and writes again
+        state["model"] = self._backend_state["model"]
+        longer = SubwordTokenizer(backend, **self._spelled, roles=roles)
+        longer._backend_state = state
+        return longer
 
     def _sizes(self, alphabet: set[str]) -> np.ndarray:
         """(vocab_size,) bytes an id stands for: its spelling's letters each are a byte in byte-level vocabularies."""
@@ -83,13 +107,15 @@ class SubwordTokenizer(Tokenizer):
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def _state(self) -> dict[str, Any]:
-        return {"special": self._spelled, "tokenizers": self._backend_state}
+        roles = {"roles": self.roles} if self.roles else {}
+        return {"special": self._spelled, "tokenizers": self._backend_state, **roles}
 
     @classmethod
     def _from_state(cls, state: dict[str, Any]) -> SubwordTokenizer:
         import tokenizers
 
-        tokenizer = cls(tokenizers.Tokenizer.from_str(json.dumps(state["tokenizers"])), **state["special"])
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state["tokenizers"]))
+        tokenizer = cls(backend, **state["special"], roles=state.get("roles"))
         tokenizer._backend_state = state["tokenizers"]  # as saved: the library may read a float one bit off
         return tokenizer
 

@@ -23,6 +23,17 @@ EOS = "<|endoftext|>"
 UNK = "<|unk|>"
 """What stands for text that a lossy tokenizer cannot spell."""
 
+ROLES = {
+    "mask": ("<|mask|>", "[MASK]", "<mask>"),
+    "cls": ("<|cls|>", "[CLS]", "<s>"),
+    "sep": ("<|sep|>", "[SEP]", "</s>"),
+    "bos": ("<|bos|>", "<s>", "[CLS]", "<bos>", "<|begin_of_text|>"),
+    "fim_prefix": ("<|fim_prefix|>", "<fim_prefix>"),
+    "fim_middle": ("<|fim_middle|>", "<fim_middle>"),
+    "fim_suffix": ("<|fim_suffix|>", "<fim_suffix>"),
+}
+"""What a special token is for -> how it is spelled: here first, then elsewhere. `sentinel_N` is `<extra_id_N>`."""
+
 FILE_NAME = "tokenizer.json"
 
 
@@ -66,6 +77,43 @@ class Tokenizer(ABC):
     token_bytes: np.ndarray
     """(vocab_size,) float32: UTF-8 bytes of the text that each id stands for, 0 for special tokens. Exact where
     `lossless` and for characters, else an estimate from the piece's spelling."""
+
+    @property
+    def fragments(self) -> np.ndarray:
+        """(vocab_size,) bool: ids that spell part of a character only, as byte-level vocabularies have."""
+        return np.array(["\ufffd" in self.decode([i], skip_special=True) for i in range(self.vocab_size)])
+
+    roles: dict[str, int]
+    """Role -> the id of its special token, of those that `with_roles` was asked for."""
+
+    def with_roles(self, roles: Sequence[str]) -> Tokenizer:
+        """A tokenizer that has a special token for each role (a key of `ROLES`, or sentinel_N), under `roles`.
+
+        One that the vocabulary spells already is taken; the others get ids after its end, so that the ids of text
+        stay what they are. Itself, if it has them all.
+        """
+        if all(role in self.roles for role in roles):
+            return self
+        known, added = dict(self.roles), []
+        for role in roles:
+            if role in known:
+                continue
+            spellings = ROLES.get(role) or (f"<extra_id_{int(role.removeprefix('sentinel_'))}>",)
+            found = [i for i in map(self._special_id, spellings) if i is not None]
+            if not found:
+                added.append(spellings[0])
+            known[role] = found[0] if found else self.vocab_size + len(added) - 1
+        return self._extended(added, known)
+
+    @abstractmethod
+    def _special_id(self, spelling: str) -> int | None:
+        """The id of a special token by its spelling."""
+        ...
+
+    @abstractmethod
+    def _extended(self, spellings: Sequence[str], roles: dict[str, int]) -> Tokenizer:
+        """The same tokenizer with these special tokens after its last id, and these roles."""
+        ...
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:

@@ -71,7 +71,7 @@ def test_streams_offsets_and_report(tmp_path):
     assert train.bytes == sum(len(text.encode()) for text in TEXTS["train"])
     assert (validation.documents, validation.unknown) == (1, 1)
     assert cache.report.sample == "abc"
-    assert "| train | 3 | 1,010 | 1,007 | 1.00 | 0.000% | 1,000 |" in cache.report.markdown()
+    assert "| train | 3 | 1,010 | 1,007 | 1.00 | 336.67 | 0.000% | 0.000% | 1,000 |" in cache.report.markdown()
     with pytest.raises(UserError, match=r"no test split; it has train, validation"):
         cache.stream("test")
 

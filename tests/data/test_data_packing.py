@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmexp.data.order import BlockOrder
-from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, document_ids, stride_of
+from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, document_ids, stride_of, evaluation_batches
 
 BYTES = np.arange(50, dtype=np.float32)
 
@@ -62,7 +62,7 @@ def test_evaluation_predicts_each_token_once(stream, n_tokens, world_size):
         path.write_bytes(stream.tokens[:n_tokens].tobytes())
         part = TokenFile(path, "uint16", n_tokens)
     source = SequentialTokens(part, BYTES, 17, 16, mask_eos=0)
-    batches = [source.batches(4, rank, world_size) for rank in range(world_size)]
+    batches = [evaluation_batches(len(source), 4, rank, world_size) for rank in range(world_size)]
     assert len({tuple(len(b) for b in rank) for rank in batches}) == 1  # the same count and sizes everywhere
     assert len({len(b) for rank in batches for b in rank}) == 1
     predicted = []

@@ -28,10 +28,17 @@ DOCUMENTS = ["".join(RANDOM.choice(list("abcdefgh \n"), RANDOM.integers(5, 300))
 class Causal:
     """A stand-in for the objective: inputs and labels are the sample but for its last and first token."""
 
+    families = ("decoder",)
+    bits = "bits_per_byte"
+    special_tokens = ()
+
     def sample_length(self, block_size):
         return block_size + 1
 
-    def collate(self, samples, block_size):
+    def collate(self, tokenizer, family):
+        return self.batch
+
+    def batch(self, samples, block_size, seed):
         tokens = torch.zeros(len(samples), block_size, dtype=torch.int64)
         labels = torch.full((len(samples), block_size), IGNORE_INDEX)
         for row, sample in enumerate(samples):
@@ -185,7 +192,7 @@ def test_validation_scores_every_token_once(tmp_path, world_size):
     assert sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches) == split.tokens - 1
     assert sum(float(b["n_bytes"].sum()) for b in batches) == split.bytes
     labels = torch.cat([b["labels"][b["labels"] != IGNORE_INDEX] for b in batches])
-    stream = data.cache.stream("validation").tokens[1:].astype(np.int64)
+    stream = data._tokens("validation").tokens[1:].astype(np.int64)
     assert sorted(labels.tolist()) == sorted(stream.tolist())
     few = make(tmp_path, validation_blocks=3).val_dataloader()
     assert sum((b["labels"] != IGNORE_INDEX).any(1).sum() for b in few) == 3

@@ -25,7 +25,7 @@ def test_definitions() -> None:
     assert values["loss"] == pytest.approx(nats / tokens)
     assert values["perplexity"] == pytest.approx(math.exp(nats / tokens))
     assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes)
-    assert set(values) == set(LanguageModeling.names)
+    assert set(values) == set(LanguageModeling().names)
 
 
 def test_the_split_does_not_matter() -> None:

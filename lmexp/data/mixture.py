@@ -1,0 +1,210 @@
+"""Several sources as one: which one each sample comes from, smoothed and exact, and texts beside their translation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from lmexp.contracts import Sample
+from lmexp.data.order import keys, permute
+from lmexp.data.packing import TokenFile
+
+_ORDER_STREAM = 2  # `BlockOrder` draws from the seed's streams 0 and 1
+_PIECE = 1024  # pairs ordered at once
+_LEAST = 3  # samples that the rarest source has in a period
+
+
+class Source(Protocol):
+    """Training samples by their index within one source."""
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]: ...
+
+
+class SizedSource(Source, Protocol):
+    """Evaluation samples of one source, by their place; empty ones beyond its end."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class MixtureOrder:
+    """Which source sample i is drawn from, and as the how manieth of that source: a pure function of (seed, i).
+
+    Samples are dealt in periods. The i-th period deals source l the samples number floor(i P C_l) and so on, for the
+    cumulative shares C, in an order of its own: no share is off by more than a sample or two in each period, and
+    none drifts over many.
+    """
+
+    shares: tuple[float, ...]
+    """Of each source, above 0; they sum to 1."""
+
+    seed: int
+    """Of the order within the periods."""
+
+    @property
+    def period(self) -> int:
+        """Samples that are dealt together, P."""
+        return max(1024, int(np.ceil(_LEAST / min(self.shares))))
+
+    def draws(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(count,) sources and (count,) indices within them, of the samples first, first + 1, ..."""
+        sources = np.empty(count, dtype=np.int64)
+        within = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            period, place = divmod(first + done, self.period)
+            here = min(count - done, self.period - place)
+            before = self._dealt(period)
+            ends = (self._dealt(period + 1) - before).cumsum()
+            slots = permute(np.arange(place, place + here), self.period, keys(self.seed, period, _ORDER_STREAM))
+            drawn = np.searchsorted(ends, slots, side="right")
+            sources[done : done + here] = drawn
+            within[done : done + here] = before[drawn] + slots - np.concatenate(([0], ends))[drawn]
+            done += here
+        return sources, within
+
+    def counts(self, n_samples: int) -> np.ndarray:
+        """(sources,) int64: how many of the first `n_samples` come from each."""
+        period, place = divmod(n_samples, self.period)
+        drawn, _ = self.draws(period * self.period, place)
+        return self._dealt(period) + np.bincount(drawn, minlength=len(self.shares))
+
+    def _dealt(self, periods: int) -> np.ndarray:
+        """(sources,) int64: samples of each in so many first periods."""
+        cumulative = np.cumsum(self.shares[:-1])
+        ends = np.floor(periods * self.period * cumulative).astype(np.int64)
+        return np.diff(ends, prepend=0, append=periods * self.period)
+
+
+class Mixed:
+    """Training samples of several sources in the order of a `MixtureOrder`."""
+
+    def __init__(self, sources: Sequence[Source], order: MixtureOrder, max_samples: int | None = None) -> None:
+        """With `max_samples` the first so many samples are repeated for ever."""
+        self.sources = sources
+        self.order = order
+        self.max_samples = max_samples
+        self._ahead: tuple[int, np.ndarray, np.ndarray] = (0, np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these global indices."""
+        out = []
+        for index in indices:
+            source, within = self._draw(index if self.max_samples is None else index % self.max_samples)
+            (sample,) = self.sources[source].samples([within])
+            out.append(replace(sample, index=index))
+        return out
+
+    def _draw(self, index: int) -> tuple[int, int]:
+        first, sources, within = self._ahead
+        if not first <= index < first + len(sources):
+            first = index // self.order.period * self.order.period
+            sources, within = self.order.draws(first, self.order.period)
+            self._ahead = (first, sources, within)
+        return int(sources[index - first]), int(within[index - first])
+
+
+class Tagged:
+    """The samples of one source, each with the part of the corpus and the language that they are of."""
+
+    def __init__(self, source: Source, part: int, language: int) -> None:
+        self.source = source
+        self.part = part
+        self.language = language
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        return [replace(s, part=self.part, language=self.language) for s in self.source.samples(indices)]
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One language of a text and its translation."""
+
+    stream: TokenFile
+    """The tokens of all texts, each followed by a document end."""
+
+    offsets: np.ndarray
+    """(texts + 1,) where each text begins."""
+
+    language: int
+    """Which of the corpus's languages."""
+
+    def text(self, number: int, token_bytes: np.ndarray, index: int, part: int, pair: Sample | None = None) -> Sample:
+        """Text `number`, without its end."""
+        tokens = self.stream.tokens[self.offsets[number] : self.offsets[number + 1] - 1].astype(np.int64)
+        return Sample(tokens, token_bytes[tokens], index, part=part, language=self.language, pair=pair)
+
+
+class Pairs:
+    """Texts beside their translations: all of them once in each epoch, in an order of its own."""
+
+    def __init__(self, sides: tuple[Side, Side], token_bytes: np.ndarray, part: int, seed: int | None) -> None:
+        """`seed` of the order; None: as they stand, for evaluation."""
+        assert len(sides[0].offsets) == len(sides[1].offsets), "the sides have different numbers of texts"
+        self.sides = sides
+        self.token_bytes = token_bytes
+        self.part = part
+        self.seed = seed
+        self._ahead = (-1, np.empty(0, dtype=np.int64))  # a piece of the order, and its number
+
+    def __len__(self) -> int:
+        return len(self.sides[0].offsets) - 1
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """The pairs of these indices; in evaluation empty samples beyond the end."""
+        out = []
+        for index in indices:
+            epoch, number = divmod(index, len(self))
+            if self.seed is None and epoch:
+                out.append(Sample(np.empty(0, np.int64), np.empty(0, np.float32), index, part=self.part))
+                continue
+            if self.seed is not None:
+                number = self._ordered(index)
+            first, second = self.sides
+            pair = second.text(number, self.token_bytes, index, self.part)
+            out.append(first.text(number, self.token_bytes, index, self.part, pair))
+        return out
+
+
+    def _ordered(self, index: int) -> int:
+        """The number of the text that sample `index` is."""
+        piece, place = divmod(index, _PIECE)
+        if piece != self._ahead[0]:
+            assert self.seed is not None
+            wanted = np.arange(piece * _PIECE, (piece + 1) * _PIECE)
+            numbers = np.empty_like(wanted)
+            for epoch in np.unique(wanted // len(self)):
+                here = wanted // len(self) == epoch
+                numbers[here] = permute(wanted[here] % len(self), len(self), keys(self.seed, int(epoch), 0))
+            self._ahead = (piece, numbers)
+        return int(self._ahead[1][place])
+
+
+class InTurn:
+    """Evaluation samples of several sources, one source after the other; empty ones beyond the end."""
+
+    def __init__(self, sources: Sequence[SizedSource], max_samples: int | None = None) -> None:
+        """`max_samples` spread evenly over each source; None: all."""
+        self.sources = sources
+        self.places: list[tuple[int, int]] = []
+        for number, source in enumerate(sources):
+            count = len(source) if max_samples is None else min(max_samples, len(source))
+            self.places += [(number, i * len(source) // max(1, count)) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples at these places; their index is the place, so that noise does not depend on what is left out."""
+        out = []
+        for index in indices:
+            number, within = self.places[index] if index < len(self.places) else (0, len(self.sources[0]))
+            (sample,) = self.sources[number].samples([within])
+            out.append(sample)
+        return out

@@ -1,0 +1,108 @@
+"""Denoising: the whole text is written from one that was infilled and permuted (Lewis et al. 2020, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lmexp.contracts import Batch, Collate, Family, Sample, UserError
+from lmexp.objective.noise import generator, sentence_ends
+from lmexp.objective.rows import rounded_up, sequence_batch
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Sentences are shuffled; spans are replaced by one mask token each, empty ones too; the decoder writes the text."""
+
+    rate: float = 0.3
+    """Share of the tokens inside spans, in [0, 1)."""
+
+    mean_span: float = 3.0
+    """Tokens of a span on average (Poisson distributed), above 0."""
+
+    permute: bool = True
+    """Put the sentences in another order."""
+
+    families: ClassVar[tuple[Family, ...]] = ("encoder_decoder",)
+    bits: ClassVar[str | None] = "conditional_bits_per_byte"
+    """Of the text given its noised form: no probability of a text."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise UserError(f"objective.rate={self.rate}; expected a share of at least 0 and below 1, such as 0.3.")
+        if self.mean_span <= 0:
+            raise UserError(f"objective.mean_span={self.mean_span}; expected a number above 0, such as 3.")
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return ("mask",)
+
+    def sample_length(self, block_size: int) -> int:
+        """One less than the block: both texts have an end."""
+        return block_size - 1
+
+    def span_lengths(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        """(k,) lengths that sum to the share of `length`: Poisson numbers, the last one cut; never more spans than
+        the tokens they hide, so that the noised text is no longer than the text."""
+        budget = round(self.rate * length)
+        if not budget:
+            return np.empty(0, dtype=np.int64)
+        drawn = rng.poisson(self.mean_span, size=budget)
+        total = drawn.cumsum()
+        last = int(np.searchsorted(total, budget))
+        if last >= budget:  # so many empty spans that they do not suffice
+            return np.append(drawn[: budget - 1], budget - (total[budget - 2] if budget > 1 else 0))
+        drawn[last] -= total[last] - budget
+        return drawn[: last + 1]
+
+    def collate(self, tokenizer: Any, family: Family) -> Collate:
+        return _Collate(self, tokenizer)
+
+
+class _Collate:
+    def __init__(self, settings: Denoising, tokenizer: Any) -> None:
+        self.settings = settings
+        self.mask_id = tokenizer.roles["mask"]
+        self.eos = np.array([tokenizer.eos_id])
+        self.start_id = tokenizer.pad_id
+        self.ends = sentence_ends(tokenizer)
+
+    def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
+        sources = [self.noised(sample, seed) for sample in samples]
+        targets = [np.append(sample.tokens, self.eos) if len(sample.tokens) else sample.tokens for sample in samples]
+        width = rounded_up(max(len(source) for source in sources), block_size)
+        n_bytes = [float(sample.n_bytes.sum()) for sample in samples]
+        parts = [sample.part for sample in samples]
+        return sequence_batch(sources, targets, n_bytes, parts, self.start_id, width, block_size)
+
+    def noised(self, sample: Sample, seed: int) -> np.ndarray:
+        """What the encoder reads, with an end; nothing for nothing."""
+        tokens = sample.tokens
+        if not len(tokens):
+            return tokens
+        rng = generator(seed, sample.index)
+        if self.settings.permute:
+            tokens = self.permuted(tokens, rng)
+        return np.append(self.infilled(tokens, rng), self.eos)
+
+    def permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The sentences in another order; what is left at the end counts as one."""
+        sentences = np.split(tokens, np.flatnonzero(self.ends[tokens[:-1]]) + 1)
+        return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+
+    def infilled(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Each span replaced by one mask. Spans stand in different gaps between the tokens that are kept, all
+        placements equally likely, so that two of them never touch."""
+        lengths = self.settings.span_lengths(len(tokens), rng)
+        kept = len(tokens) - int(lengths.sum())
+        lengths = lengths[: kept + 1]
+        gaps = np.sort(rng.choice(kept + 1, len(lengths), replace=False))  # kept tokens before each span
+        starts = gaps + np.concatenate(([0], lengths.cumsum()))[: len(lengths)]
+        inside = np.zeros(len(tokens) + 1, dtype=np.int64)
+        np.add.at(inside, starts, 1)
+        np.add.at(inside, starts + lengths, -1)
+        hidden = inside.cumsum()[:-1] > 0
+        return np.insert(tokens[~hidden], gaps, self.mask_id)
