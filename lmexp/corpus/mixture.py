@@ -13,8 +13,8 @@ _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class Mixture(Parted):
     """Named corpora, drawn from by their smoothed sizes.
 
-    It has the splits that every part has. Raises `UserError` without parts, for parts that are streamed or of parts
-    themselves, and for languages of parts that there are not.
+    It has the splits that every part has; a corpus of parts among them gives its own. Raises `UserError` without
+    parts, for parts that are streamed, and for languages of parts that there are not.
     """
 
     def __init__(
@@ -39,16 +39,21 @@ class Mixture(Parted):
                     f"corpus.parts.{name} is streamed; parts are drawn by their sizes, which a stream does not tell. "
                     f"Set data.corpus.parts.{name}.streaming=false, with a slice if it is large: train='train[:1%]'."
                 )
-            if hasattr(corpus, "parts"):
-                raise UserError(
-                    f"corpus.parts.{name} has parts itself; expected a corpus without. Name the corpora it is made of."
-                )
         for name in languages or {}:
             if name not in parts:
                 raise UserError(f"corpus.languages.{name}: there is no such part; there are {', '.join(parts)}.")
         named = languages or {}
-        self._parts = [Part(str(name), (named.get(name, str(name)),), (corpus,)) for name, corpus in parts.items()]
-        self.languages = tuple(dict.fromkeys(part.languages[0] for part in self._parts))
+        self._parts = []
+        for name, corpus in parts.items():
+            if hasattr(corpus, "parts"):  # of pairs, say: its parts become ours
+                self._parts += corpus.parts()
+            else:
+                self._parts.append(Part(str(name), (named.get(name, str(name)),), (corpus,)))
+        names = [part.name for part in self._parts]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"corpus.parts has two parts called {name}; leave one of them out.")
+        self.languages = tuple(dict.fromkeys(language for part in self._parts for language in part.languages))
         self.alpha = alpha
         if "train" not in self.splits:
             lacking = [part.name for part in self._parts if "train" not in part.corpora[0].splits]

@@ -82,11 +82,7 @@ def _copies(architecture: Architecture, model: nn.Module) -> set[str]:
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, family: str) -> None:
     """tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-    if isinstance(tokenizer, SubwordTokenizer):  # as it was saved: the library may write a float one bit off
-        content = json.loads(tokenizer.to_json())["tokenizers"]
-    else:
-        content = json.loads(backend_of(tokenizer).to_str())
-    _write_json(folder / "tokenizer.json", content)
+    _write_json(folder / "tokenizer.json", tokenizers_json(tokenizer))
     spelling = backend_of(tokenizer).id_to_token
     special = {"eos_token": spelling(tokenizer.eos_id)}
     if family == "decoder":
@@ -106,6 +102,16 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, family
     }
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", special)
+
+
+def tokenizers_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json of the `tokenizers` library; that of a subword tokenizer as it was saved, since
+    the library may write a float one bit off."""
+    if isinstance(tokenizer, SubwordTokenizer):
+        saved: dict[str, Any] = json.loads(tokenizer.to_json())["tokenizers"]
+        return saved
+    content: dict[str, Any] = json.loads(backend_of(tokenizer).to_str())
+    return content
 
 
 def backend_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,10 +20,12 @@ from torch import Tensor, nn
 from lmexp.contracts import UserError
 from lmexp.huggingface import convert
 from lmexp.huggingface.architecture import Imported, to_ours
+from lmexp.huggingface.export import tokenizers_json
 from lmexp.huggingface.files import find as find_huggingface
 from lmexp.job.build import build_node
 from lmexp.model.surgery import grow_vocabulary, vocabulary_parameters
 from lmexp.run import checkpoint as files
+from lmexp.tokenizer.extended import extends, pieces
 from lmexp.tokenizer.pretrained import Pretrained
 from lmexp.tokenizer.tokenizer import Tokenizer
 
@@ -250,6 +251,8 @@ def _by_their_names(model: Any, origin: Origin, n_tokens: int) -> Imported:
 
 def _pieces(origin: Origin, tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:
     """The source's tokens that each new one was spelled with; none for special tokens."""
+    if origin.tokenizer is not None and extends(origin.tokenizer, tokenizer):
+        return [[i for i in row if i < n_tokens] for row in pieces(origin.tokenizer, tokenizer)]
     spelled = [tokenizer.decode([i], skip_special=True) for i in range(n_tokens, tokenizer.vocab_size)]
     if origin.tokenizer is None:
         return [[] for _ in spelled]
@@ -267,7 +270,7 @@ def _refuse_other_tokenizer(origin: Origin, tokenizer: Tokenizer) -> None:
                 "with the tokenizer that belongs to it."
             )
         return
-    if _continues(origin.tokenizer, tokenizer):
+    if _continues(origin.tokenizer, tokenizer) or extends(origin.tokenizer, tokenizer):
         return
     path = origin.tokenizer_path
     if not path.exists():
@@ -282,19 +285,12 @@ def _refuse_other_tokenizer(origin: Origin, tokenizer: Tokenizer) -> None:
 
 def _continues(old: Tokenizer, new: Tokenizer) -> bool:
     """Whether every id of the old tokenizer means the same to the new one, which may have special tokens more."""
-    a, b = json.loads(old.to_json()), json.loads(new.to_json())
-    for state in (a, b):
-        state.pop("roles", None)
-    if a.get("kind") == b.get("kind") == "SubwordTokenizer":
-        added = []
-        for state in (a, b):
-            state.pop("special")  # which token ends a document is for the data to say
-            state["tokenizers"].pop("post_processor", None)  # is not used
-            added.append({(token["id"], token["content"]) for token in state["tokenizers"].pop("added_tokens")})
-        return added[0] <= added[1] and a == b
-    more = b.pop("special", [])
-    fewer = a.pop("special", [])
-    return a == b and more[: len(fewer)] == fewer
+    forms = [tokenizers_json(tokenizer) for tokenizer in (old, new)]
+    added = []
+    for form in forms:
+        form.pop("post_processor", None)  # is not used
+        added.append({(token["id"], token["content"]) for token in form.pop("added_tokens")})
+    return added[0] <= added[1] and forms[0] == forms[1]
 
 
 def _told(origin: Origin, imported: Imported, n_new: int) -> str:

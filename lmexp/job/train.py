@@ -27,6 +27,7 @@ from lmexp.contracts import UserError
 from lmexp.data.text import TextData
 from lmexp.job.build import Parts, accelerator_of, build_node, build_task, build_trainer, precision_of
 from lmexp.job.check import check, seconds_of
+from lmexp.job.initialize import Origin, check_fit, find, initialize
 from lmexp.job.plan import Plan
 from lmexp.run import checkpoint as files
 from lmexp.run import environment, events
@@ -51,6 +52,9 @@ def train(plan: Plan) -> float:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     quiet_libraries()
     parts = check(cfg, world_size)
+    origin = None if cfg.init_from is None else find(cfg.init_from, cfg.paths.cache_dir)
+    if origin is not None:
+        check_fit(origin, cfg)
     directory = RunDirectory(Path(cfg.paths.run_dir))
     if rank == 0:  # the others would find what the first has begun
         directory.refuse_if_taken(cfg.resume)
@@ -60,10 +64,18 @@ def train(plan: Plan) -> float:
         stack.enter_context(directory.open() if rank == 0 else nullcontext())
         terminal.open_log(directory.log)
         stack.callback(terminal.close)
-        return _train(plan, parts, directory, terminal, rank, world_size)
+        return _train(plan, parts, origin, directory, terminal, rank, world_size)
 
 
-def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int) -> float:
+def _train(
+    plan: Plan,
+    parts: Parts,
+    origin: Origin | None,
+    directory: RunDirectory,
+    terminal: Terminal,
+    rank: int,
+    world_size: int,
+) -> float:
     cfg = plan.config
     found = files.last_valid(directory.checkpoints, terminal.print, tidy=rank == 0) if cfg.resume == "auto" else None
     checkpoint_files = CheckpointFiles()
@@ -83,6 +95,8 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
     if entry is not None:
         _refuse_other_data(entry, record)
     task = build_task(cfg, parts, data.tokenizer.vocab_size)
+    if origin is not None and entry is None:
+        initialize(task.model, origin, data.tokenizer, terminal.print)
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, data, task, directory, terminal, record, world_size)
     for callback in parts.callbacks:
@@ -249,6 +263,7 @@ def _model_table(model: torch.nn.Module) -> str:
 def _describe(plan: Plan, session: Session, resumed: bool) -> None:
     """Write config.yaml and environment.json; a resumed run adds its session to the latter."""
     write_atomically(session.directory.config, plan.yaml)
+    write_atomically(session.directory.tokenizer, session.record["tokenizer"])
     now = environment.record()
     path = session.directory.environment
     if resumed and path.exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -45,8 +45,8 @@ class AutoModelSettings:
     pretrained: bool = False
     """Start from its weights instead of random ones."""
 
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Keys of its config.json to have otherwise, such as {num_hidden_layers: 2}."""
+    overrides: Mapping[str, Any] | None = None
+    """Keys of its config.json to have otherwise, such as {num_hidden_layers: 2}; null: none."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -55,7 +55,7 @@ class AutoModelSettings:
             raise UserError(f"model.kind={self.kind}; expected one of {', '.join(_KINDS)}.")
         if not isinstance(self.pretrained, bool):
             raise UserError(f"model.pretrained={self.pretrained}; expected true or false.")
-        if not isinstance(self.overrides, Mapping):
+        if self.overrides is not None and not isinstance(self.overrides, Mapping):
             raise UserError(f"model.overrides={self.overrides}; expected keys and values: {{num_hidden_layers: 2}}.")
 
     @property
@@ -86,7 +86,7 @@ class AutoModelSettings:
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"model.name={self.name} (kind {self.kind}, overrides {dict(self.overrides)}) cannot be made by "
+                f"model.name={self.name} (kind {self.kind}, overrides {self.overrides}) cannot be made by "
                 f"Transformers: {reason} Check the name and the kind; without a network, give a folder."
             ) from error
         return AutoModel(self, network.train())
@@ -99,13 +99,13 @@ class AutoModelSettings:
             values = transformers.PretrainedConfig.get_config_dict(name)[0]
             kind = values.pop("model_type", None)
         plain = transformers.AutoConfig.for_model(kind, **values)
-        unknown = [key for key in self.overrides if not hasattr(plain, key)]
+        unknown = [key for key in self.overrides or {} if not hasattr(plain, key)]
         if unknown:
             raise UserError(
                 f"model.overrides: {type(plain).__name__} has no {', '.join(unknown)}; its keys are "
                 f"{', '.join(sorted(plain.to_dict()))}."
             )
-        return transformers.AutoConfig.for_model(kind, **{**values, **self.overrides})
+        return transformers.AutoConfig.for_model(kind, **{**values, **(self.overrides or {})})
 
 
 class AutoModel(nn.Module):

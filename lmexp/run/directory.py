@@ -80,6 +80,10 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def environment(self) -> Path:
         return self.path / "environment.json"
 

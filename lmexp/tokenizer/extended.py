@@ -173,7 +173,7 @@ def pieces(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
     What `grow_vocabulary` (lmexp/model/surgery.py) begins the new rows with. Raises `UserError` unless all ids of
     `old` mean the same in `new`.
     """
-    if type(old) is not type(new) or not _keeps(old, new):
+    if not extends(old, new):
         raise UserError(
             "The tokenizer is not the old one with tokens after its end, so the rows of the old weights would stand "
             "for other tokens. Extend the tokenizer of the run that the weights are from: tokenizer=extended "
@@ -184,7 +184,10 @@ def pieces(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
     return [encoded.tolist() for encoded in old.encode(texts)]
 
 
-def _keeps(old: Tokenizer, new: Tokenizer) -> bool:
+def extends(old: Tokenizer, new: Tokenizer) -> bool:
+    """Whether every id of `old` means the same in `new`."""
+    if type(old) is not type(new):
+        return False
     if isinstance(old, SubwordTokenizer) and isinstance(new, SubwordTokenizer):
         return old.backend.get_vocab(True).items() <= new.backend.get_vocab(True).items()
     if old.vocab_size > new.vocab_size:

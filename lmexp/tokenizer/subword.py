@@ -79,7 +79,7 @@ class SubwordTokenizer(Tokenizer):
             elif i in self._special:
                 continue
             elif i in added:
-                sizes[i] = len(spelling.encode())  # spelled as it stands
+                sizes[i] = len(spelling.encode()) + bool(prefix)  # spelled as it stands, after the space before it
             elif self._byte_level and alphabet.issuperset(spelling):
                 sizes[i] = len(spelling)
             elif _BYTE_FALLBACK.fullmatch(spelling):

@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 V = 31
 
 TEXTS = [
-    "the model reads a line, and writes another\n\none of them  twice; naïve Übergröße 東京 \U0001f469\u200d\U0001f680\t!",
+    "the model reads a line, and writes another\n\none of it  twice; naïve Übergröße 東京\U0001f469\u200d\U0001f680\t!",
     "",
     " ",
     "don't\r\n  stop",
@@ -150,7 +150,7 @@ def test_every_architecture_loads(model_type):
 
 
 def test_unknown_architectures_are_refused():
-    with pytest.raises(UserError, match="model_type=gpt_neox.*model=auto"):
+    with pytest.raises(UserError, match=r"model_type=gpt_neox.*model=auto"):
         architecture("gpt_neox")
 
 
