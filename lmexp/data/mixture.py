@@ -93,7 +93,8 @@ class Mixed:
         """The samples of these global indices."""
         out = []
         for index in indices:
-            source, within = self._draw(index if self.max_samples is None else index % self.max_samples)
+            index = index if self.max_samples is None else index % self.max_samples
+            source, within = self._draw(index)
             (sample,) = self.sources[source].samples([within])
             out.append(replace(sample, index=index))
         return out

@@ -68,7 +68,9 @@ class PackedTokens:
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of these global indices."""
-        starts = np.array([self._start(i if self.max_samples is None else i % self.max_samples) for i in indices])
+        if self.max_samples is not None:
+            indices = [i % self.max_samples for i in indices]
+        starts = np.array([self._start(i) for i in indices])
         tokens = self.stream.tokens[starts[:, None] + self._columns].astype(np.int64)  # (B, length)
         n_bytes = self.token_bytes[tokens]
         if self.mask_eos is None:

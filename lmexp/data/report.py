@@ -47,6 +47,7 @@ class SplitReport:
 
 
 _HEADER = ("split", "documents", "tokens", "bytes", "bytes/token", "tokens/word", "unknown", "fragments", "longest")
+_LEFT_OUT = ("bytes", "fragments", "longest")  # where there is little room
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,17 @@ class DataReport:
         return f"{table}\n\nVocabulary: {self.vocab_size:,} tokens. A sample, decoded:\n\n{sample}\n"
 
     def table(self) -> Table:
-        """The report for the terminal."""
+        """What fits into a terminal: the main columns, and of a corpus of parts only the training splits."""
         from rich.table import Table
 
         table = Table(title=f"Data, as {self.vocab_size:,} different tokens", title_justify="left")
-        for number, name in enumerate(self.header):
-            table.add_column(name, justify="left" if number == 0 else "right")
+        shown = [number for number, name in enumerate(self.header) if name not in _LEFT_OUT]
+        for number in shown:
+            name = self.header[number].replace("/", " per ")
+            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows():
-            table.add_row(*row)
+            if not self.shares or row[0].startswith("train"):
+                table.add_row(*(row[number] for number in shown))
         return table
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,7 +130,13 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
             f"objective {name} trains {_list(objective.families)} models, and {type(model).__name__} is "
             f"{_article(model.family)}; choose {FITTING[model.family]}."
         )
-    if data is None or not is_parted(data.corpus):
+    if data is None:
+        return
+    if data.document_mask and not getattr(objective, "reads_documents", False):
+        raise UserError(
+            f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
+        )
+    if not is_parted(data.corpus):
         return
     pairs = [part.name for part in data.parts if len(part.languages) > 1]
     if pairs and not getattr(objective, "reads_pairs", False):

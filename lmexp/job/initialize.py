@@ -153,7 +153,8 @@ def check_fit(origin: Origin, cfg: DictConfig) -> None:
         )
     tokenizer = build_node(cfg, "tokenizer")
     if origin.tokenizer is not None and not tokenizer.needs_text:
-        _refuse_other_tokenizer(origin, tokenizer.train(iter(())))
+        roles = build_node(cfg, "objective").special_tokens
+        _refuse_other_tokenizer(origin, tokenizer.train(iter(())).with_roles(roles))
 
 
 def _meant(config: Any, key: str) -> Any:

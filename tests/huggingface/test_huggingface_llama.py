@@ -36,6 +36,8 @@ SHAPES = {
 
 def their_config(shape, **change):
     kind, heads, kv_heads, d_head, options = SHAPES[shape]
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of Transformers has no {kind}")
     values = {
         "vocab_size": V,
         "hidden_size": 24,

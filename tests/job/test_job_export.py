@@ -91,6 +91,21 @@ def test_every_source_gives_the_same_logits(place: Path, name: str, source: str)
     assert torch.equal(logits, trained.head(trained(ids)))
 
 
+@pytest.mark.parametrize("source", ["llama", "llama-hf"])
+def test_training_begins_where_the_source_ended(place: Path, source: str) -> None:
+    """A step of length 0 leaves the weights as they are, so the loss is that of the source."""
+    out = place / f"from-{source}"
+    overrides = [*TINY, "model=llama", "model.d_ff=24", "tokenizer=bpe", "tokenizer.vocab_size=270", corpus(place)]
+    overrides += [f"paths.cache_dir={place / 'cache'}", "max_steps=1", "optimizer=adamw", "optimizer.lr=0"]
+    train(plan(*overrides, f"init_from={place / source}", f"paths.run_dir={out}"))
+    metrics = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (out, place / "llama")]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+    assert "Initial weights: 15 tensors" in " ".join((out / "run.log").read_text().split())
+    with pytest.raises(UserError, match=r"Set: model\.n_layers=2"):
+        train(plan(*overrides, "model.n_layers=3", f"init_from={place / source}", f"paths.run_dir={place / 'no'}"))
+    assert not (place / "no").exists()
+
+
 @pytest.mark.parametrize("source", ["gpt", "gpt-hf"])
 def test_new_tokens_come_after_the_old_ones(place: Path, source: str) -> None:
     trained, tokenizer = model_and_tokenizer(place, "gpt")

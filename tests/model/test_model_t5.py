@@ -297,7 +297,7 @@ def test_cached_pieces_are_the_whole(name, pieces, options):
 # counts, initial weights, options ------------------------------------------------------------------------------------
 
 PUBLISHED = {
-    # name: (parameters, as the papers round them); 3B and 11B are table 14's 2.8 and 11 billion
+    # name: (parameters, as they are rounded in section 3.7, and for v1.1 where the checkpoints are listed)
     "t5_small": (60_506_624, 60e6),
     "t5_base": (222_903_552, 220e6),
     "t5_large": (737_668_096, 770e6),
@@ -363,16 +363,12 @@ def test_initial_weights_are_transformers(options):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_first_losses_are_those_of_a_near_uniform_guess(tied):
-    """Logits of deviation 1: log V + 1/2 in the mean over labels that nothing is known of."""
+def test_first_logits_have_deviation_1(tied):
     torch.manual_seed(1)
     model = T5Config(n_layers=1, n_heads=4, d_model=64, d_ff=128, tied=tied).build(2000).eval()
-    tokens, decoder_tokens, labels = torch.randint(0, 2000, (3, 64, 16))
     with torch.no_grad():
-        hidden = model(tokens, decoder_tokens)
-        assert abs(model.head(hidden).std() - 1) < 0.1
-        loss = model.head.loss(hidden.flatten(0, 1), labels.flatten()) / labels.numel()
-    assert abs(loss - math.log(2000) - 0.5) < 0.15
+        logits = model.head(model(*torch.randint(0, 2000, (2, 64, 16))))
+    assert abs(logits.std() - 1) < 0.1
 
 
 def test_flops():
@@ -432,7 +428,7 @@ def test_bad_shapes_are_refused(change):
 
 
 def test_a_start_outside_the_vocabulary_is_refused():
-    with pytest.raises(UserError, match="model.decoder_start_id=29"):
+    with pytest.raises(UserError, match=r"model\.decoder_start_id=29"):
         replace(V1, decoder_start_id=V).build(V)
 
 
