@@ -99,8 +99,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further overrides for both runs")
     options = parser.parse_args()
     data = options.data.resolve()
-    files = {split: {x: str(data / f"{name}.{x}") for x in LANGUAGES} for split, name in (("train", "train"), ("validation", "val"))}
-    corpus = [f"data.corpus.{split}={json.dumps(paths).replace(' ', '').replace(chr(34), '')}" for split, paths in files.items()]
+    files = {
+        split: {x: str(data / f"{name}.{x}") for x in LANGUAGES}
+        for split, name in (("train", "train"), ("validation", "val"))
+    }
+    corpus = [
+        f"data.corpus.{split}={json.dumps(paths).replace(' ', '').replace(chr(34), '')}"
+        for split, paths in files.items()
+    ]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = options.runs.resolve() if options.runs else Path(name)
@@ -112,7 +118,8 @@ def main() -> None:
             _, metrics = ours(run, *common, *options.overrides)
             model, tokenizer = load(run)
             english, german = (
-                [ids.tolist() for ids in tokenizer.encode((data / f"val.{x}").read_text().splitlines())] for x in LANGUAGES
+                [ids.tolist() for ids in tokenizer.encode((data / f"val.{x}").read_text().splitlines())]
+                for x in LANGUAGES
             )
             shifted = english[len(english) // 2 :] + english[: len(english) // 2]
             beside, n_words = word_accuracy(model, tokenizer, english, german)
@@ -127,7 +134,9 @@ def main() -> None:
     print(head("Translation language modelling on Multi30k, English and German"))
     columns = ("trained with", "seconds", "tokens read", "hidden German words told beside the English sentence")
     print(table((*columns, "beside another", "ratio", "German sentence found by its English one"), rows))
-    print(f"\n{options.steps} steps of both; {n_words} hidden words in {len(german)} sentences; chance of finding one 1 in {len(german)}.")
+    print(
+        f"\n{options.steps} steps of both; {n_words} hidden words in {len(german)} sentences; chance of finding one 1 in {len(german)}."
+    )
 
 
 if __name__ == "__main__":

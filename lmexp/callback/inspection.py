@@ -55,7 +55,9 @@ class Inspection(RunCallback):
                 writer.add_embedding(table, metadata=labels, global_step=trainer.global_step, tag="tokens")
 
     @torch.no_grad()
-    def _maps(self, trainer: Trainer, model: nn.Module, data: Any) -> list[tuple[str, np.ndarray, list[int], list[int]]]:
+    def _maps(
+        self, trainer: Trainer, model: nn.Module, data: Any
+    ) -> list[tuple[str, np.ndarray, list[int], list[int]]]:
         """(name, weights (H, T, S), ids of the rows, ids of the columns) of each chosen layer."""
         if not self.layers:
             return []

@@ -57,7 +57,9 @@ class Samples(RunCallback):
         sampling = dataclasses.replace(self.sampling, max_new_tokens=self.max_new_tokens)
         prompts = [[tokenizer.eos_id, *(int(i) for i in ids)] for ids in tokenizer.encode(self.prompts)]
         rows = generate(model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size)
-        return [prompt + tokenizer.decode(row, skip_special=True) for prompt, row in zip(self.prompts, rows, strict=True)]
+        return [
+            prompt + tokenizer.decode(row, skip_special=True) for prompt, row in zip(self.prompts, rows, strict=True)
+        ]
 
     @torch.no_grad()
     def _restored(self, trainer: Trainer, model: nn.Module) -> list[str]:

@@ -92,7 +92,9 @@ class Cldr(Parted):
 
     def _checked_pair(self, two: Sequence[str]) -> tuple[str, str]:
         if isinstance(two, str) or len(two) != 2 or two[0] == two[1]:
-            raise UserError(f"corpus.pairs: {two}; expected two languages for each: data.corpus.pairs=[[en,de],[en,fr]].")
+            raise UserError(
+                f"corpus.pairs: {two}; expected two languages for each: data.corpus.pairs=[[en,de],[en,fr]]."
+            )
         for language in two:
             if language not in self.languages:
                 raise UserError(

@@ -226,7 +226,8 @@ def _aligned(files: list[Path]) -> Iterator[tuple[str, ...]]:
     for number, texts in enumerate(zip_longest(*sources)):
         if None in texts:
             counts = [
-                number + (text is not None) + sum(1 for _ in source) for text, source in zip(texts, sources, strict=True)
+                number + (text is not None) + sum(1 for _ in source)
+                for text, source in zip(texts, sources, strict=True)
             ]
             found = " and ".join(f"{path} has {count}" for path, count in zip(files, counts, strict=True))
             raise UserError(

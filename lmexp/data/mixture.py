@@ -172,7 +172,6 @@ class Pairs:
             out.append(first.text(number, self.token_bytes, index, self.part, pair))
         return out
 
-
     def _ordered(self, index: int) -> int:
         """The number of the text that sample `index` is."""
         piece, place = divmod(index, _PIECE)

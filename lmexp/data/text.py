@@ -291,9 +291,7 @@ class TextData(LightningDataModule):
         stride = stride_of(self.sample_length, self.block_size)
         stream = self._tokens(split, number)
         most = None if is_parted(self.corpus) else max_blocks
-        source = SequentialTokens(
-            stream, self.tokenizer.token_bytes, self.sample_length, stride, self._mask_eos, most
-        )
+        source = SequentialTokens(stream, self.tokenizer.token_bytes, self.sample_length, stride, self._mask_eos, most)
         return self._tagged(source, number)
 
     def _tagged(self, source: Any, number: int) -> Any:

@@ -120,8 +120,14 @@ def test_two_processes_and_micro_batches_give_the_same_numbers(tmp_path: Path, k
     [
         (["model=bert"], r"CausalLM trains decoder models, and BertConfig is an encoder; choose objective=masked_lm"),
         (["model=gpt", "objective=masked_lm"], r"MaskedLM trains encoder models, and GPTConfig is a decoder"),
-        (["model=t5", "model.d_ff=32", "objective=masked_lm"], r"T5Config is an encoder-decoder; choose objective=span_corr"),
-        (["model=t5", "model.d_ff=32", "objective=span_corruption", "objective.sentinels=1", "data.block_size=64"], r"sentinels=1"),
+        (
+            ["model=t5", "model.d_ff=32", "objective=masked_lm"],
+            r"T5Config is an encoder-decoder; choose objective=span_corr",
+        ),
+        (
+            ["model=t5", "model.d_ff=32", "objective=span_corruption", "objective.sentinels=1", "data.block_size=64"],
+            r"sentinels=1",
+        ),
         (
             ["model=t5", "model.d_ff=32", "objective=span_corruption", "data.document_mask=true"],
             r"data.document_mask=true: objective SpanCorruption",
@@ -173,4 +179,6 @@ def test_weights_go_on_under_another_objective(tmp_path: Path) -> None:
     second = [*args, f"init_from={tmp_path / 'first'}", "optimizer.lr=0", "optimizer.embedding_lr=0"]
     second += ["optimizer.vector_lr=0", "optimizer.head_lr=0", f"paths.run_dir={tmp_path / 'second'}", "max_steps=1"]
     train(plan(*second))
-    assert_same(checkpoint(tmp_path / "first", "best.ckpt")["state_dict"], checkpoint(tmp_path / "second")["state_dict"])
+    assert_same(
+        checkpoint(tmp_path / "first", "best.ckpt")["state_dict"], checkpoint(tmp_path / "second")["state_dict"]
+    )

@@ -323,6 +323,10 @@ def test_documents_of_a_block_are_kept_apart() -> None:
 
 
 def test_mistakes() -> None:
-    for make in (lambda: MaskedLM(rate=0), lambda: MaskedLM(mask_share=0.9, random_share=0.2), lambda: Denoising(rate=1)):
+    for make in (
+        lambda: MaskedLM(rate=0),
+        lambda: MaskedLM(mask_share=0.9, random_share=0.2),
+        lambda: Denoising(rate=1),
+    ):
         with pytest.raises(UserError, match="expected"):
             make()
