@@ -211,11 +211,10 @@ def main() -> None:
             done = run([sys.executable, __file__, "--side", family, "--steps", str(steps), "--cache", str(cache)])
             other = json.loads(done.lines[-1][1])
             speed = other["step_ms"] / mine["speed/mean_step_ms"]
-            rows.append(
-                (family, str(steps), f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
-                + (f"{mine['val/loss']:.4f}", f"{other['loss']:.4f}", f"{other['rate']:g}")
-                + (f"{mine['speed/mean_step_ms']:.1f}", f"{other['step_ms']:.1f}", f"**{speed:.2f}**")
-            )
+            sizes = (f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
+            losses = (f"{mine['val/loss']:.4f}", f"{other['loss']:.4f}", f"{other['rate']:g}")
+            times = (f"{mine['speed/mean_step_ms']:.1f}", f"{other['step_ms']:.1f}", f"**{speed:.2f}**")
+            rows.append((family, str(steps), *sizes, *losses, *times))
             print(rows[-1], flush=True)
     print(head("Each family against Transformers and its Trainer"))
     columns = (

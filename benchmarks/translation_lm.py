@@ -51,7 +51,7 @@ def padded(rows: list[list[int]], languages: list[list[int]], positions: list[li
 
 @torch.no_grad()
 def word_accuracy(model: Any, tokenizer: Any, english: list[list[int]], german: list[list[int]]) -> tuple[float, int]:
-    """Share of the hidden German words (15 % of a sentence, at least one) of which every token is told, and how many."""
+    """Share of the hidden German words (15 % of a sentence, at least one) told with all their tokens; how many."""
     cls, sep, mask = (tokenizer.roles[role] for role in ("cls", "sep", "mask"))
     begins, ends = word_edges(tokenizer)
     right = total = 0
@@ -126,17 +126,15 @@ def main() -> None:
             unrelated, _ = word_accuracy(model, tokenizer, shifted, german)
             a, b = sentence_vectors(model, tokenizer, english, 0), sentence_vectors(model, tokenizer, german, 1)
             found = ((a @ b.T).argmax(1) == torch.arange(len(a))).double().mean().item()
+            cost = (f"{metrics['seconds']:.0f}", f"{metrics['tokens']:,.0f}")
             rows.append(
-                (title, f"{metrics['seconds']:.0f}", f"{metrics['tokens']:,.0f}", f"{beside:.1%}", f"{unrelated:.1%}")
-                + (f"{beside / unrelated:.2f}", f"{found:.1%}")
+                (title, *cost, f"{beside:.1%}", f"{unrelated:.1%}", f"{beside / unrelated:.2f}", f"{found:.1%}")
             )
             print(rows[-1], flush=True)
     print(head("Translation language modelling on Multi30k, English and German"))
     columns = ("trained with", "seconds", "tokens read", "hidden German words told beside the English sentence")
     print(table((*columns, "beside another", "ratio", "German sentence found by its English one"), rows))
-    print(
-        f"\n{options.steps} steps of both; {n_words} hidden words in {len(german)} sentences; chance of finding one 1 in {len(german)}."
-    )
+    print(f"\n{options.steps} steps of both; {n_words} hidden words in {len(german)} sentences.")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_conf_and_lmexp_are_one_map() -> None:
 def targets() -> list[tuple[str, str]]:
     found = []
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
-        for target in re.findall(r"_target_: (\S+)", path.read_text(encoding="utf-8")):
+        for target in re.findall(r"_target_: ([\w.]+)", path.read_text(encoding="utf-8")):
             found.append((str(path.relative_to(ROOT)), target))
     return found
 

@@ -48,10 +48,11 @@ class Inspection(RunCallback):
             for name, weights, rows, columns in self._maps(trainer, model, data):
                 image = attention_image(weights, [spell[i] for i in rows], [spell[i] for i in columns])
                 writer.add_image(f"attention/{name}", image, trainer.global_step, dataformats="HWC")
-            if self.embeddings and isinstance(getattr(model, "embed", None), nn.Embedding):
+            embed = getattr(model, "embed", None)
+            if self.embeddings and isinstance(embed, nn.Embedding):
                 n = min(self.embeddings, len(spell))
                 labels = [f"{i} {text!r}" for i, text in enumerate(spell[:n])]  # quoted: white space would be lost
-                table = model.embed.weight[:n].detach().float().cpu()  # type: ignore[union-attr, operator]
+                table = embed.weight[:n].detach().float().cpu()
                 writer.add_embedding(table, metadata=labels, global_step=trainer.global_step, tag="tokens")
 
     @torch.no_grad()
@@ -64,9 +65,9 @@ class Inspection(RunCallback):
         batch = next(iter(data.loader("validation", 1)))
         inputs = each_tensor(batch, lambda t: t[:1].to(trainer.strategy.root_device))["inputs"]
         model.eval()
-        with recorded_attention() as record, trainer.precision_plugin.forward_context():
-            with torch.compiler.set_stance("force_eager"):
-                model(**inputs)
+        eager = torch.compiler.set_stance("force_eager")
+        with recorded_attention() as record, trainer.precision_plugin.forward_context(), eager:
+            model(**inputs)
         tokens = inputs["tokens"][0].tolist()
         written = inputs["decoder_tokens"][0].tolist() if "decoder_tokens" in inputs else tokens
         maps = []

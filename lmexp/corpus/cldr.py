@@ -230,12 +230,12 @@ class Writer:
     def _date(self, day: str, form: str) -> str:
         from babel.dates import format_date
 
-        return format_date(date.fromisoformat(day), form, self.locale)  # type: ignore[arg-type]
+        return format_date(date.fromisoformat(day), form, self.locale)  # type: ignore[arg-type, unused-ignore]
 
     def _month(self, day: str) -> str:
         from babel.dates import format_skeleton
 
-        return format_skeleton("yMMMM", date.fromisoformat(day), locale=self.locale)  # type: ignore[arg-type]
+        return format_skeleton("yMMMM", date.fromisoformat(day), locale=self.locale)  # type: ignore[arg-type, unused-ignore]
 
     def _dates(self, first: str, last: str) -> str:
         from babel.dates import format_interval
@@ -366,7 +366,7 @@ def _locale(language: str) -> Locale:
 def _missing(locale: Locale) -> str:
     """What a language has too few names of; empty if nothing."""
     counts = {
-        "territories": sum(len(code) == 2 for code in locale.territories),
+        "territories": sum(len(str(code)) == 2 for code in locale.territories),
         "languages": len(locale.languages),
         "currencies": len(locale.currencies),
         "scripts": len(locale.scripts),

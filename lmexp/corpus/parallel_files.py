@@ -110,9 +110,9 @@ class ParallelFiles(Parted):
 
     def content_fingerprint(self) -> str:
         """sha256 of the files' contents and of how they are read."""
-        named = [[split, *self._files(split)] for split in self.splits]
-        read: list[Any] = [[split, [_kind(path) for path in files]] for split, *files in named]
-        hashes = [content_hash(files, self.cache_dir) for _, *files in named]
+        named = {split: list(self._files(split)) for split in self.splits}
+        read: list[Any] = [[split, [_kind(path) for path in files]] for split, files in named.items()]
+        hashes = [content_hash(files, self.cache_dir) for files in named.values()]
         return hashlib.sha256(json.dumps([self.languages, self.quoted, read, hashes]).encode()).hexdigest()
 
     def rows_in(self, split: Split, language: str, beside: tuple[str, ...]) -> Dataset:

@@ -163,6 +163,8 @@ _PREFIXES = ("transformer.", "model.", "bert.", "roberta.")
 
 
 def _bare(name: str) -> str:
+    # the spelling of files of 2018 and 2019, bert-base-uncased among them
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -45,6 +45,13 @@ def _write_ours(folder: Path, model: Any, tokenizer: Tokenizer, dtype: torch.dty
     safetensors = library("safetensors.torch", "format=hf writes model.safetensors")
     architecture = architecture_of(model)
     config = architecture.config(model, tokenizer.vocab_size)
+    counts_from = config.get("pad_token_id")
+    if config["model_type"] in ("roberta", "xlm-roberta") and tokenizer.pad_id != counts_from:
+        raise UserError(
+            f"RoBERTa counts positions over the tokens that are not id {counts_from}, and here that id is text "
+            f"(padding is id {tokenizer.pad_id}), so that the exported model would compute something else; train with "
+            "model.n_segments=2, which exports as BERT."
+        )
     for key, value in _token_ids(model.family, tokenizer).items():
         config.setdefault(key, value)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")

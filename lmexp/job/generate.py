@@ -37,7 +37,7 @@ def generate(plan: Plan) -> None:
     restored = restore(plan, 1)
     if restored.task.model.family == "encoder":
         raise UserError(
-            f"ckpt={plan.config.ckpt} holds an encoder ({type(restored.task.model).__name__}), which reads and does not "
+            f"ckpt={plan.config.ckpt} holds an encoder ({type(restored.task.model).__name__}), which reads and doesn't "
             "write; give the checkpoint of a decoder or an encoder-decoder."
         )
     rows: list[dict[str, Any]] = [{"prompt": p, "sample": s} for p in prompts for s in range(job.samples)]

@@ -110,8 +110,8 @@ class GPT(nn.Module):
         """Hidden states (B, T, D).
 
         `documents` (B, T): attention stops where they change. `positions` (B, T): rows of the position table instead
-        of 0, 1, ... `cache`: `tokens` follow what it holds, and are added to it. `prefix` (B,): so many first positions see
-        one another both ways.
+        of 0, 1, ... `cache`: `tokens` follow what it holds, and are added to it. `prefix` (B,): so many first
+        positions see one another both ways.
         """
         length = tokens.shape[1]
         start = 0 if cache is None else cache.length

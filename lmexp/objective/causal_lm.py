@@ -29,12 +29,16 @@ class CausalLM:
 
     families: ClassVar[tuple[Family, ...]] = ("decoder",)
     bits: ClassVar[str | None] = "bits_per_byte"
-    reads_documents: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("fim_rate", "fim_spm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"objective.{name}={getattr(self, name)}; expected a share from 0 to 1.")
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether it keeps the documents of a block apart; rearranged, they are not."""
+        return not self.fim_rate
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -96,8 +100,13 @@ class _Rearranging:
         suffix_first = rng.random() < self.settings.fim_spm_rate
         a, b = np.sort(rng.integers(0, n + 1, size=2))
         before, within, after = np.split(np.arange(n), [a, b])
-        order = [[-1], [-3], after, [-2], before, within] if suffix_first else [[-1], before, [-3], after, [-2], within]
-        places = np.concatenate(order).astype(np.int64)
+        prefix, middle, suffix = (np.array([place]) for place in (-1, -2, -3))
+        order = (
+            (prefix, suffix, after, middle, before, within)
+            if suffix_first
+            else (prefix, before, suffix, after, middle, within)
+        )
+        places = np.concatenate(order)
         prefix_id, middle_id, suffix_id = self.ids
         tokens = np.append(sample.tokens, [suffix_id, middle_id, prefix_id])[places]
         n_bytes = np.append(sample.n_bytes, np.zeros(3, dtype=sample.n_bytes.dtype))[places]

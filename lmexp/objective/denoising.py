@@ -15,7 +15,7 @@ from lmexp.objective.rows import rounded_up, sequence_batch
 
 @dataclass(frozen=True)
 class Denoising:
-    """Sentences are shuffled; spans are replaced by one mask token each, empty ones too; the decoder writes the text."""
+    """Sentences are shuffled, spans replaced by one mask token each, empty ones too; the decoder writes the text."""
 
     rate: float = 0.3
     """Share of the tokens inside spans, in [0, 1)."""
@@ -98,7 +98,8 @@ class _Collate:
         placements equally likely, so that two of them never touch."""
         lengths = self.settings.span_lengths(len(tokens), rng)
         kept = len(tokens) - int(lengths.sum())
-        lengths = lengths[: kept + 1]
+        if len(lengths) > kept + 1:  # so few tokens are kept that not every span has a gap of its own
+            lengths = np.append(lengths[:kept], lengths[kept:].sum())
         gaps = np.sort(rng.choice(kept + 1, len(lengths), replace=False))  # kept tokens before each span
         starts = gaps + np.concatenate(([0], lengths.cumsum()))[: len(lengths)]
         inside = np.zeros(len(tokens) + 1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Span corruption: dropped spans are written, each after the sentinel that stands for it (Raffel et al. 2020, 3.1.4)."""
+"""Span corruption: write dropped spans, each after the sentinel that stands for it (Raffel et al. 2020, 3.1.4)."""
 
 from __future__ import annotations
 

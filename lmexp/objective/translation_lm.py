@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lmexp.contracts import Batch, Collate, Family, Sample
+from lmexp.contracts import Batch, Collate, Family, Sample, UserError
 from lmexp.objective.masked_lm import MaskedLM, Masker
 from lmexp.objective.noise import generator
 from lmexp.objective.rows import Piece, first_fit, masked_batch
@@ -30,6 +30,11 @@ class TranslationLM(MaskedLM):
 
     reads_pairs: ClassVar[bool] = True
     reads_documents: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cls:
+            raise UserError("objective.cls=false: a pair always begins with the token cls; set it to true.")
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -85,4 +90,4 @@ def _cut(first: Sample, second: Sample, room: int) -> tuple[int, int]:
     if a + b <= room:
         return a, b
     kept = max(1, min(room - 1, round(room * a / (a + b))))
-    return kept, room - kept
+    return min(a, kept), min(b, room - kept)

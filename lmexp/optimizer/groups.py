@@ -29,7 +29,7 @@ class ParameterGroups:
     """Tables that are looked up (`nn.Embedding`), tied heads among them."""
 
     head: list[nn.Parameter] = field(default_factory=list)
-    """Untied matrices of the module `head`."""
+    """Untied matrices of the module `head` itself, not of what is inside it."""
 
     matrices: list[Matrix] = field(default_factory=list)
     """All other parameters of two dimensions."""
@@ -55,7 +55,7 @@ def split_parameters(model: nn.Module) -> ParameterGroups:
                     groups.embedding.append(p)
                 elif p.dim() < 2:
                     groups.vectors.append(p)
-                elif "head" in module_name.split("."):
+                elif module_name.split(".")[-1] == "head":
                     groups.head.append(p)
                 else:
                     assert p.dim() == 2, f"{module_name}.{name} has {p.dim()} dimensions, matrices have two"

@@ -68,4 +68,4 @@ class Pretrain(BaseTask):
         """Reduce over devices, while they are still connected."""
         self.measured = dict(self.metric.compute())
         with self.metric.sync_context():
-            self.measured["tokens"] = int(self.metric.tokens)  # type: ignore[arg-type]
+            self.measured["tokens"] = int(self.metric.tokens)

@@ -64,7 +64,7 @@ class SubwordTokenizer(Tokenizer):
         state = json.loads(backend.to_str())
         # the library may write a float one bit off when it reads and writes again
         state["model"] = self._backend_state["model"]
-        longer = SubwordTokenizer(backend, **self._spelled, roles=roles)
+        longer = SubwordTokenizer(backend, **self._spelled, roles=roles)  # type: ignore[arg-type]
         longer._backend_state = state
         return longer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmexp.data.order import BlockOrder
-from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, document_ids, stride_of, evaluation_batches
+from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, document_ids, evaluation_batches, stride_of
 
 BYTES = np.arange(50, dtype=np.float32)
 

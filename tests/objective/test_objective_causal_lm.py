@@ -9,7 +9,6 @@ from lmexp.contracts import IGNORE_INDEX, Sample
 from lmexp.objective.causal_lm import CausalLM
 from lmexp.tokenizer.byte import ByteTokenizer
 
-
 COLLATE = CausalLM().collate(None, "decoder")
 
 

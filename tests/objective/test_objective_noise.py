@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -186,7 +188,7 @@ def test_denoising_hides_the_share_in_poisson_spans() -> None:
         source = collate.noised(sample, 1).tolist()
         assert source.pop() == 0
         assert source.count(mask) == len(drawn)
-        assert not any(a == b == mask for a, b in zip(source, source[1:], strict=False)), "two spans touch"
+        assert not any(a == b == mask for a, b in itertools.pairwise(source)), "two spans touch"
         kept = [t for t in source if t != mask]
         assert len(kept) == length - drawn.sum()
         # what stands at the masks, filled in from the text, rebuilds it
@@ -330,3 +332,19 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(UserError, match="expected"):
             make()
+
+
+def test_an_empty_translation_and_spans_without_a_gap() -> None:
+    pairs = TranslationLM()
+    tokenizer = tokenizer_for(pairs)
+    long = text(tokenizer, 0, 90, eos=0, pair=text(tokenizer, 1, 0))
+    batch = pairs.collate(tokenizer, "encoder")([long], BLOCK, 0)
+    assert (batch["inputs"]["documents"][0] == 0).sum() <= BLOCK
+    with pytest.raises(UserError, match="cls=false"):
+        TranslationLM(cls=False)
+    dense = Denoising(rate=0.9, mean_span=1.0, permute=False)
+    tokenizer = tokenizer_for(dense)
+    collate = dense.collate(tokenizer, "encoder_decoder")
+    for index in range(200):
+        source = collate.noised(text(tokenizer, index, 63, eos=0), 0)
+        assert (source != tokenizer.roles["mask"]).sum() - 1 == 63 - round(0.9 * 63)
