@@ -110,6 +110,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = options.runs.resolve() if options.runs else Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         for title, use in (("masked and translation LM", "both"), ("masked LM alone", "languages")):
             run = folder / use
             common = ["experiment=pretrain_xlm", "data=parallel_files", "data.corpus.languages=[en,de]", *corpus]

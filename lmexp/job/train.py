@@ -237,6 +237,7 @@ def _session(
         log_every=cfg.log_every,
         batch_size=cfg.batch_size,
         block_size=data.block_size,
+        family=data.family,
         bits=data.objective.bits,
         peak_flops=None if peak is None else peak * world_size,
         max_seconds=seconds_of(cfg.max_time),
@@ -310,9 +311,10 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
         logs = logs if logs in folder.parents else folder
         session.terminal.print(
             f"Done in {clock(metrics['seconds'])}. The run lies in {folder}; best and last checkpoint in "
-            f"{folder / 'checkpoints'}.\nLook at it:    tensorboard --logdir {logs}\n"
-            f"Write with it: python run.py job=generate ckpt={folder}"
+            f"{folder / 'checkpoints'}.\nLook at it:    tensorboard --logdir {logs}"
         )
+        if session.family != "encoder":
+            session.terminal.print(f"Write with it: python run.py job=generate ckpt={folder}")
     return float(metrics.get(cfg.callback.checkpoint.monitor, float("nan")))
 
 

@@ -28,12 +28,16 @@ class CausalLM:
     """Share of these that put the suffix first (SPM, section 3.1 there), in [0, 1]."""
 
     families: ClassVar[tuple[Family, ...]] = ("decoder",)
-    bits: ClassVar[str | None] = "bits_per_byte"
 
     def __post_init__(self) -> None:
         for name in ("fim_rate", "fim_spm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"objective.{name}={getattr(self, name)}; expected a share from 0 to 1.")
+
+    @property
+    def bits(self) -> str | None:
+        """Rearranged, where the text was cut is predicted too: no probability of the text alone."""
+        return "fim_bits_per_byte" if self.fim_rate else "bits_per_byte"
 
     @property
     def reads_documents(self) -> bool:

@@ -15,10 +15,13 @@ from lmexp.objective.rows import rounded_up, sequence_batch
 
 @dataclass(frozen=True)
 class Denoising:
-    """Sentences are shuffled, spans replaced by one mask token each, empty ones too; the decoder writes the text."""
+    """Sentences are shuffled, spans replaced by one mask token each, empty ones too; the decoder writes the text.
+
+    Each document of a block is noised by itself; its end stays where it is.
+    """
 
     rate: float = 0.3
-    """Share of the tokens inside spans, in [0, 1)."""
+    """Share of the tokens inside spans, in [0, 1), rounded to whole tokens of each document."""
 
     mean_span: float = 3.0
     """Tokens of a span on average (Poisson distributed), above 0."""
@@ -68,6 +71,7 @@ class _Collate:
         self.mask_id = tokenizer.roles["mask"]
         self.eos = np.array([tokenizer.eos_id])
         self.start_id = tokenizer.pad_id
+        self.special = np.asarray(tokenizer.token_bytes) == 0
         self.ends = sentence_ends(tokenizer)
 
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
@@ -86,12 +90,22 @@ class _Collate:
         rng = generator(seed, sample.index)
         if self.settings.permute:
             tokens = self.permuted(tokens, rng)
-        return np.append(self.infilled(tokens, rng), self.eos)
+        pieces = []
+        at = 0
+        for special in [*np.flatnonzero(self.special[tokens]).tolist(), len(tokens)]:
+            if at < special:
+                pieces.append(self.infilled(tokens[at:special], rng))
+            pieces.append(tokens[special : special + 1])
+            at = special + 1
+        return np.concatenate((*pieces, self.eos))
 
     def permuted(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The sentences in another order; what is left at the end counts as one."""
-        sentences = np.split(tokens, np.flatnonzero(self.ends[tokens[:-1]]) + 1)
-        return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+        """The sentences of each document in another order; what is left at its end counts as one."""
+        special = self.special[tokens]
+        ends = self.ends[tokens] | special
+        sentence = ends.cumsum() - ends
+        place = special.cumsum() + np.where(special, 0.0, rng.random(sentence[-1] + 1)[sentence])
+        return tokens[place.argsort(kind="stable")]
 
     def infilled(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Each span replaced by one mask. Spans stand in different gaps between the tokens that are kept, all

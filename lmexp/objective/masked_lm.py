@@ -30,7 +30,8 @@ class MaskedLM:
     """Share of them replaced by another token, any of the vocabulary; the rest stays."""
 
     whole_word: bool = False
-    """Score words whole, as many as fit into the share (released with BERT in May 2019)."""
+    """Score words whole, as many as fit into the share; one that is longer by itself is cut (released with BERT in May
+    2019)."""
 
     cls: bool = True
     """A token of its own begins each block; a classifier can read it."""
@@ -96,7 +97,8 @@ class Masker:
         return noised, places
 
     def _words(self, tokens: np.ndarray, able: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-        """The places of whole words in random order, each as long as there is room for it; at least one word."""
+        """The places of whole words in random order, each as long as there is room for it; if none fits, the
+        beginning of the shortest."""
         assert self.edges is not None
         begins, ends = self.edges
         goes_on = begins[tokens[able[1:]]] & ends[tokens[able[:-1]]] & (np.diff(able) == 1)
@@ -111,7 +113,7 @@ class Masker:
                 if not room:
                     break
         chosen = chosen or [int(sizes.argmin())]
-        return able[np.isin(word, chosen)]
+        return able[np.isin(word, chosen)][:count]
 
 
 class _Collate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,21 @@ def spellings(tokenizer: Any) -> list[str]:
 
 def word_edges(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Two (V,) bool: ids whose text begins, and ends, inside a word; a space by itself belongs to the word after it. A
-    token goes on with the word before it where that ends and it begins so."""
+    token goes on with the word before it where that ends and it begins so. Vocabularies that mark the pieces that go on
+    (WordPiece) are taken at their word."""
+    backend = getattr(tokenizer, "backend", None)
+    prefix = getattr(getattr(backend, "model", None), "continuing_subword_prefix", None)
+    if prefix:
+        tokens = [backend.id_to_token(i) or "" for i in range(tokenizer.vocab_size)]  # type: ignore[union-attr]
+        return np.array([token.startswith(prefix) for token in tokens]), np.ones(len(tokens), dtype=bool)
     inside = [[_in_word(text[:1]), _in_word(text[-1:]) or text == " "] for text in spellings(tokenizer)]
     begins, ends = np.array(inside, dtype=bool).T
     return begins, ends
 
 
 def _in_word(character: str) -> bool:
-    return character.isalnum() or character in ("_", "\ufffd")
+    """Letters, numbers and the marks that stand on letters (vowel signs of Indic scripts, say)."""
+    return character in ("_", "\ufffd") or (character != "" and unicodedata.category(character)[0] in "LNM")
 
 
 def sentence_ends(tokenizer: Any) -> np.ndarray:

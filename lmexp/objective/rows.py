@@ -59,18 +59,17 @@ def first_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
-def masked_batch(rows: Sequence[Sequence[Piece]], length: int, most_scored: int) -> Batch:
+def masked_batch(rows: Sequence[Sequence[Piece]], length: int, most_scored: int, names: Sequence[str] = ()) -> Batch:
     """Rows of pieces as a batch with `scored` (B, K), K at least `most_scored`; at least one row.
 
-    Documents and positions are given where a row is not one whole text.
+    `names` are the further inputs. Documents and positions are given where a row is not one whole text.
     """
     n_rows = max(1, len(rows))
     width = max([most_scored, *(sum(len(piece.labels) for piece in row) for row in rows)])
     tokens = np.zeros((n_rows, length), dtype=np.int64)
     documents = np.full((n_rows, length), -1, dtype=np.int64)
     positions = np.zeros((n_rows, length), dtype=np.int64)
-    names = {name for row in rows for piece in row for name in piece.columns}
-    columns = {name: np.zeros((n_rows, length), dtype=np.int64) for name in sorted(names)}
+    columns = {name: np.zeros((n_rows, length), dtype=np.int64) for name in names}
     scored = np.zeros((n_rows, width), dtype=np.int64)
     labels = np.full((n_rows, width), IGNORE_INDEX, dtype=np.int64)
     parts = np.zeros((n_rows, width), dtype=np.int64)

@@ -59,6 +59,10 @@ class SpanCorruption:
     def sample_length(self, block_size: int) -> int:
         """The most tokens whose source fits into the block, and whose target does."""
         length = 2
+        if max(self.lengths(length)) > block_size:
+            raise UserError(
+                f"data.block_size={block_size}; expected at least {max(self.lengths(length))} for span corruption."
+            )
         while max(self.lengths(length + 1)) <= block_size:
             length += 1
         if self.dropped(length)[1] > self.sentinels:

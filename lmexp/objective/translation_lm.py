@@ -57,8 +57,9 @@ class _Collate:
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
         pieces = [self._piece(sample, block_size, seed) for sample in samples]
         rows = first_fit([len(piece.tokens) for piece in pieces], block_size)
+        names = ("languages",) if self.settings.language_embeddings else ()
         most = self.settings.most_scored(self.settings.sample_length(block_size))
-        return masked_batch([[pieces[number] for number in row] for row in rows], block_size, most)
+        return masked_batch([[pieces[number] for number in row] for row in rows], block_size, most, names)
 
     def _piece(self, sample: Sample, block_size: int, seed: int) -> Piece:
         rng = generator(seed, sample.index)

@@ -40,6 +40,9 @@ class Session:
     block_size: int
     """Tokens in a sequence."""
 
+    family: str
+    """The model's: decoder, encoder or encoder_decoder."""
+
     bits: str | None
     """What nats over bytes are called, from the objective; None: they mean nothing."""
 

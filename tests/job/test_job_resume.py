@@ -63,21 +63,24 @@ def steps_saved(folder: Path) -> int:
 @pytest.mark.parametrize("devices", [1, 2])
 def test_killed_at_random_moments(tmp_path: Path, devices: int) -> None:
     trainer = ["trainer=ddp_sim"] if devices == 2 else []
-    steps = 60 * KILLS[devices]  # long enough that no life gets to the end
+    steps = 90 * KILLS[devices]  # long enough that no life gets to the end
     args = arguments(tmp_path, *trainer, steps=steps)
     whole = run(*args, f"paths.run_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     parts = tmp_path / "parts"
     args += [f"paths.run_dir={parts}", "resume=auto"]
     moments = random.Random(devices)
+    to_first = 0.0  # seconds from a start to its first checkpoint
     for kill in range(KILLS[devices]):
         before = steps_saved(parts)
         process = start(args)
         if kill % 4 == 3:  # some moment of starting, going on or the first steps
-            time.sleep(moments.random() * 8)
+            time.sleep(moments.random() * 1.2 * to_first)
         else:  # from when training is under way: the first checkpoint of this life, then some moment after it
+            begun = time.monotonic()
             while process.poll() is None and steps_saved(parts) == before:
                 time.sleep(0.002)
+            to_first = time.monotonic() - begun
             time.sleep(moments.random() * 0.15)
         assert process.poll() is None, "the run came to its end, or failed, before it was killed"
         process.kill()

@@ -68,3 +68,8 @@ def test_rearranging_is_undone_by_reading_the_parts_in_order() -> None:
         assert int(batch["n_bytes"][0]) == 62
     assert abs(counts["plain"] / 2000 - 0.5) < 0.04
     assert abs(counts["spm"] / 2000 - 0.125) < 0.03
+
+
+def test_bits_of_rearranged_text_have_a_name_of_their_own() -> None:
+    assert CausalLM().bits == "bits_per_byte"
+    assert CausalLM(fim_rate=0.5).bits == "fim_bits_per_byte"

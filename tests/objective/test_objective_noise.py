@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import comb, exp, factorial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lmexp.objective.span_corruption import SpanCorruption
 from lmexp.objective.translation_lm import TranslationLM
 from lmexp.tokenizer.bpe import BPE
 from lmexp.tokenizer.byte import ByteTokenizer
+from lmexp.tokenizer.char import Char
 from lmexp.tokenizer.unigram import Unigram
 from lmexp.tokenizer.wordpiece import WordPiece
 
@@ -348,3 +350,84 @@ def test_an_empty_translation_and_spans_without_a_gap() -> None:
     for index in range(200):
         source = collate.noised(text(tokenizer, index, 63, eos=0), 0)
         assert (source != tokenizer.roles["mask"]).sum() - 1 == 63 - round(0.9 * 63)
+
+
+def test_documents_keep_their_ends_and_sentences_when_denoised() -> None:
+    objective = Denoising()
+    tokenizer = tokenizer_for(objective)
+    collate = objective.collate(tokenizer, "encoder_decoder")
+    mask = tokenizer.roles["mask"]
+    for index in range(300):
+        sample = text(tokenizer, index, 63)
+        noised = collate.noised(sample, 0)[:-1]
+        documents = np.split(sample.tokens, np.flatnonzero(sample.tokens == 0))
+        read = np.split(noised, np.flatnonzero(noised == 0))
+        assert len(read) == len(documents)
+        for there, here in zip(documents, read, strict=True):
+            assert not np.setdiff1d(here[here != mask], there).size
+            assert (here != mask).sum() == len(there) - round(0.3 * (there > 0).sum())
+
+
+def test_marks_on_letters_do_not_begin_words_and_long_words_are_cut() -> None:
+    words = "\u0939\u093f\u0928\u094d\u0926\u0940 \u0926\u0947\u0936"  # two words of Devanagari, with vowel signs
+    tokenizer = Char().train(iter([words]))
+    (ids,) = tokenizer.encode([words])
+    begins, ends = word_edges(tokenizer)
+    assert np.flatnonzero(~(begins[ids[1:]] & ends[ids[:-1]])).tolist() == [words.index(" ") - 1]
+    plain = ByteTokenizer().with_roles(("mask",))
+    long = np.full(63, 98)  # one word, longer than the share
+    collate = MaskedLM(whole_word=True, cls=False).collate(plain, "encoder")
+    batch = collate([Sample(long, plain.token_bytes[long], 0)], 63, 0)
+    assert (batch["labels"] != IGNORE_INDEX).sum() == batch["labels"].shape[1] == 9
+
+
+def test_inputs_have_the_same_names_in_every_batch_and_blocks_a_least_size() -> None:
+    objective = TranslationLM()
+    tokenizer = tokenizer_for(objective)
+    assert "languages" in objective.collate(tokenizer, "encoder")([text(tokenizer, 0, 0)], BLOCK, 0)["inputs"]
+    with pytest.raises(UserError, match="block_size=2"):
+        SpanCorruption().sample_length(2)
+
+
+def released_noise_mask(length, rng, rate=0.15, mean_span=3.0):
+    """`random_spans_noise_mask` of T5's released code, a line at a time."""
+    n_noise = min(max(int(np.round(length * rate)), 1), length - 1)
+    n_spans = max(int(np.round(n_noise / mean_span)), 1)
+
+    def segmentation(n_items, n_segments):
+        first = (np.arange(n_items - 1) < n_segments - 1).astype(int)
+        rng.shuffle(first)
+        return np.bincount(np.concatenate(([0], first)).cumsum())
+
+    lengths = np.stack((segmentation(length - n_noise, n_spans), segmentation(n_noise, n_spans)), 1).reshape(-1)
+    starts = lengths.cumsum()[:-1]
+    indicator = np.zeros(length, dtype=int)
+    indicator[starts] = 1
+    return indicator.cumsum() % 2 == 1
+
+
+def test_spans_are_distributed_as_in_the_released_code() -> None:
+    objective, length = SpanCorruption(), 41
+    assert objective.sample_length(512) == 568, "published: 568 tokens give 512 to read"
+    assert objective.lengths(568) == (512, 114)
+    rng = np.random.default_rng(0)
+    ours = np.stack([objective.spans(length, generator(0, i)) for i in range(N)])
+    theirs = np.stack([released_noise_mask(length, rng) for _ in range(N)])
+    assert (ours.sum(1) == 6).all()
+    assert (theirs.sum(1) == 6).all()
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.03, "where"
+    tokens, spans = objective.dropped(120)
+    assert (tokens, spans) == (18, 6)
+    counts = np.zeros(tokens)
+    for index in range(N):
+        masked = objective.spans(120, generator(1, index))
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], masked, [0]))))
+        counts[edges[1] - edges[0]] += 1  # the first span's length
+    for n in range(1, 8):  # a composition of 18 into 6 of which one is n leaves 18 - n for 5
+        assert abs(counts[n] / N - comb(17 - n, 4) / comb(17, 5)) < 0.015
+
+
+def test_infilled_spans_are_poisson() -> None:
+    first = np.array([Denoising().span_lengths(500, generator(2, i))[0] for i in range(N)])
+    for n in range(9):
+        assert abs((first == n).mean() - exp(-3) * 3**n / factorial(n)) < 0.015
