@@ -27,7 +27,7 @@ from lmexp.contracts import IGNORE_INDEX
 RATES = (5e-4, 1e-3, 2e-3)
 NO_DROPOUT = ["model.dropout=0.0"]
 FAMILIES = {
-    "bert": ["experiment=pretrain_mlm", *NO_DROPOUT, "model.attention_dropout=0.0"],
+    "bert": ["experiment=pretrain_mlm", "model=bert", *NO_DROPOUT, "model.attention_dropout=0.0"],
     "t5": ["experiment=pretrain_span", *NO_DROPOUT],
     "bart": ["experiment=pretrain_denoise", *NO_DROPOUT],
     "gpt2": ["experiment=pretrain", "model=gpt", "batch_size=16"],
