@@ -17,6 +17,7 @@ class Marian(Architecture):
     """`MarianMTModel`. Its files may hold the tables of its sinusoids (`embed_positions`); ours are computed."""
 
     model_type = "marian"
+    computed = (".embed_positions.weight",)
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         if not config.get("share_encoder_decoder_embeddings", True):
