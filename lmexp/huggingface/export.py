@@ -61,6 +61,7 @@ def _write_ours(folder: Path, model: Any, tokenizer: Tokenizer, dtype: torch.dty
             del state[name]
     state = {name: value.to(dtype) for name, value in state.items()}
     safetensors.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it for its owner only
     _write_json(folder / "config.json", config)
     if model.family != "encoder":
         ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -39,6 +39,7 @@ from lmexp.task.base import BaseTask
 
 MAY_CHANGE = (
     *("trainer", "max_steps", "max_time", "resume", "paths", "log_every", "logger", "job", "ckpt", "out"),
+    *("format", "init_from"),
     *("data.num_workers", "data.prefetch", "data.cache_dir", "callback.progress", "callback.samples", "decoding"),
     *("callback.checkpoint.every_steps", "callback.checkpoint.every_minutes", "callback.checkpoint.keep"),
     "data.corpus",  # where it lies; whether it is the same text is seen by its content

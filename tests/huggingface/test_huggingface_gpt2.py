@@ -286,6 +286,7 @@ def write_gguf(path, n_layers=2, width=64, heads=4, kv_heads=2, inner=96):
     vocabulary = sorted(saved["model"]["vocab"], key=saved["model"]["vocab"].get)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in saved["model"]["merges"]]
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("small")
     writer.add_context_length(48)
     writer.add_embedding_length(width)
     writer.add_block_count(n_layers)
