@@ -13,18 +13,39 @@ from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.contracts import UserError
 from lmexp.job.build import build_trainer
 from lmexp.job.check import check_out
+from lmexp.job.in_context import InContext, in_context
 from lmexp.job.plan import Plan
 from lmexp.job.restore import restore
 from lmexp.job.train import prepare_data, quiet_libraries
 from lmexp.run.directory import write_json
 from lmexp.run.terminal import Terminal
 
+_OF_SPLITS = ("split", "max_blocks")
+_OF_QUESTIONS = (
+    *("questions", "examples", "shots", "score", "template", "instruction", "separator", "stop", "unconditional"),
+    *("batch_size", "rows"),
+)
+"""Keys of the job that mean something with `job.questions` only; the others, without."""
+
 
 def evaluate(plan: Plan) -> float:
-    """Print the metrics, write them to `out` if it is given; returns the loss in nats a token."""
+    """Print the metrics, write them to `out` if it is given; returns the loss in nats a token.
+
+    With `job.questions`: what `in_context` measures.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     quiet_libraries()
     job = plan.config.job
+    asked = job.questions is not None
+    idle = {f"job.{key}" for key in (_OF_SPLITS if asked else _OF_QUESTIONS[1:])}
+    for override in plan.overrides:
+        if override.partition("=")[0] in idle:
+            raise UserError(
+                f"{override}: {'there is no split with' if asked else 'means nothing without'} job.questions; leave "
+                f"{'one of them out' if asked else 'it out, or give job.questions=FILE'}."
+            )
+    if asked:
+        return in_context(plan, InContext(**{key: job[key] for key in _OF_QUESTIONS}))
     if job.split not in ("train", "validation", "test"):
         raise UserError(f"job.split={job.split}; expected train, validation or test.")
     if job.max_blocks is not None and job.max_blocks < 1:
