@@ -119,6 +119,14 @@ class Objective(Protocol):
     """What nats over bytes mean here: `bits_per_byte` (of a text's probability), a name that says what else it is,
     or None: nothing."""
 
+    reads_pairs: bool
+    """Whether it takes samples that have a `pair`."""
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether it keeps the documents of a block apart."""
+        ...
+
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Roles that the tokenizer must have tokens for, such as `mask` or `sentinel_0`; see `Tokenizer.with_roles`."""

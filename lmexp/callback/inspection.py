@@ -64,7 +64,6 @@ class Inspection(RunCallback):
             return []
         batch = next(iter(data.loader("validation", 1)))
         inputs = each_tensor(batch, lambda t: t[:1].to(trainer.strategy.root_device))["inputs"]
-        model.eval()
         eager = torch.compiler.set_stance("force_eager")
         with recorded_attention() as record, trainer.precision_plugin.forward_context(), eager:
             model(**inputs)

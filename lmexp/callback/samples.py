@@ -66,10 +66,7 @@ class Samples(RunCallback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = next(iter(data.loader("validation", max(1, len(self.prompts)))))
         batch = each_tensor(batch, lambda tensor: tensor[: len(self.prompts)].to(trainer.strategy.root_device))
-        was_training = model.training
-        model.eval()
         hidden = model(**batch["inputs"])
-        model.train(was_training)
         labels = batch["labels"]
         read = batch["inputs"]["tokens"]
         if "scored" in batch:

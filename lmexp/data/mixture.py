@@ -33,9 +33,9 @@ class SizedSource(Source, Protocol):
 class MixtureOrder:
     """Which source sample i is drawn from, and as the how manieth of that source: a pure function of (seed, i).
 
-    Samples are dealt in periods. The i-th period deals source l the samples number floor(i P C_l) and so on, for the
-    cumulative shares C, in an order of its own: no share is off by more than a sample or two in each period, and
-    none drifts over many.
+    Samples are dealt in periods of P. After i periods the sources up to l have got floor(i P C_l) samples together, C
+    being the cumulative shares, so that no share is off by more than a sample or two, however many periods there were;
+    each period deals its samples in an order of its own.
     """
 
     shares: tuple[float, ...]
@@ -201,7 +201,7 @@ class InTurn:
         return len(self.places)
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples at these places; their index is the place, so that noise does not depend on what is left out."""
+        """The samples at these places, each with its index in its source, whatever was left out."""
         out = []
         for index in indices:
             number, within = self.places[index] if index < len(self.places) else (0, len(self.sources[0]))

@@ -159,10 +159,11 @@ class TextData(LightningDataModule):
         splits: dict[str, SplitReport] = {}
         shares: dict[str, float] = {}
         for part, caches, share in zip(self.parts, self._caches, self.shares, strict=True):
-            for language, cache in zip(part.languages, caches, strict=True):
-                inside = f" ({language})" if len(caches) > 1 else ""
-                splits |= {f"{split} {part.name}{inside}": r for split, r in cache.report.splits.items()}
-            shares[f"train {part.name}{f' ({part.languages[0]})' if len(caches) > 1 else ''}"] = share
+            for side, (language, cache) in enumerate(zip(part.languages, caches, strict=True)):
+                name = f"{part.name} ({language})" if len(caches) > 1 else part.name
+                splits |= {f"{split} {name}": r for split, r in cache.report.splits.items()}
+                if side == 0:
+                    shares[f"train {name}"] = share
         sample = self._caches[0][0].report.sample
         return DataReport(splits, self.tokenizer.vocab_size, sample, self.cache_dir, shares)
 

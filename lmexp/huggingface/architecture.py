@@ -45,6 +45,10 @@ class Architecture(ABC):
     model_type: str
     """The `model_type` of their config.json."""
 
+    padding_id: int | None = None
+    """The id that their network takes for padding wherever it stands; None: none. A tokenizer whose text has that id
+    cannot be exported with it."""
+
     computed: tuple[str, ...] = (".position_ids",)
     """How names in their files end that hold no weights: tables which both sides compute."""
 

@@ -14,6 +14,7 @@ from lmexp.huggingface.architecture import Architecture, to_theirs
 from lmexp.huggingface.convert import architecture_of
 from lmexp.huggingface.files import library
 from lmexp.model.auto import AutoModel
+from lmexp.run.directory import write_json
 from lmexp.tokenizer.byte import ByteTokenizer
 from lmexp.tokenizer.char import CharTokenizer
 from lmexp.tokenizer.subword import SubwordTokenizer
@@ -45,10 +46,9 @@ def _write_ours(folder: Path, model: Any, tokenizer: Tokenizer, dtype: torch.dty
     safetensors = library("safetensors.torch", "format=hf writes model.safetensors")
     architecture = architecture_of(model)
     config = architecture.config(model, tokenizer.vocab_size)
-    counts_from = config.get("pad_token_id")
-    if config["model_type"] in ("roberta", "xlm-roberta") and tokenizer.pad_id != counts_from:
+    if architecture.padding_id not in (None, tokenizer.pad_id):
         raise UserError(
-            f"RoBERTa counts positions over the tokens that are not id {counts_from}, and here that id is text "
+            f"{config['architectures'][0]} takes id {architecture.padding_id} for padding, and here that id is text "
             f"(padding is id {tokenizer.pad_id}), so that the exported model would compute something else; train with "
             "model.n_segments=2, which exports as BERT."
         )
@@ -62,10 +62,10 @@ def _write_ours(folder: Path, model: Any, tokenizer: Tokenizer, dtype: torch.dty
     state = {name: value.to(dtype) for name, value in state.items()}
     safetensors.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # the library makes it for its owner only
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     if model.family != "encoder":
         ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        _write_json(folder / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})
+        write_json(folder / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})
     class_name: str = config["architectures"][0]
     return class_name
 
@@ -90,7 +90,7 @@ def _copies(architecture: Architecture, model: nn.Module) -> set[str]:
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, family: str) -> None:
     """tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-    _write_json(folder / "tokenizer.json", tokenizers_json(tokenizer))
+    write_json(folder / "tokenizer.json", tokenizers_json(tokenizer))
     spelling = backend_of(tokenizer).id_to_token
     special = {"eos_token": spelling(tokenizer.eos_id)}
     if family == "decoder":
@@ -108,8 +108,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, family
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", special)
 
 
 def tokenizers_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -158,7 +158,3 @@ def _byte_letters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

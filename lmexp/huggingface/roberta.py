@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -19,16 +19,15 @@ class RoBERTa(Architecture):
     model_type = "roberta"
     class_name = "RobertaForMaskedLM"
 
-    pad_token_id: ClassVar[int] = 1
-    """The token that it takes for padding, which gets no place: ours must have it too, or never use this id."""
+    padding_id = 1  # it gets no place; the others are counted from the row after it
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        if config["pad_token_id"] != self.pad_token_id:
+        if config["pad_token_id"] != self.padding_id:
             raise UserError(
-                f"pad_token_id={config['pad_token_id']}; expected {self.pad_token_id}, as in all published models: it "
+                f"pad_token_id={config['pad_token_id']}; expected {self.padding_id}, as in all published models: it "
                 "says which row the positions begin at."
             )
-        return {**shared_settings(config), "max_length": config["max_position_embeddings"] - self.pad_token_id - 1}
+        return {**shared_settings(config), "max_length": config["max_position_embeddings"] - self.padding_id - 1}
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, Bert) and model.config.n_segments == 1
@@ -38,14 +37,14 @@ class RoBERTa(Architecture):
             "model_type": self.model_type,
             "architectures": [self.class_name],
             **shared_config(model, vocab_size, "RoBERTa"),
-            "max_position_embeddings": model.max_length + self.pad_token_id + 1,
-            "pad_token_id": self.pad_token_id,
+            "max_position_embeddings": model.max_length + self.padding_id + 1,
+            "pad_token_id": self.padding_id,
         }
 
     def rules(self, model: Bert) -> list[Rule]:
         rules = shared_rules(model, "roberta")
         places = "roberta.embeddings.position_embeddings.weight"
-        rules.append(Rule("position.weight", (places,), offset=self.pad_token_id + 1))
+        rules.append(Rule("position.weight", (places,), offset=self.padding_id + 1))
         rules += head_rules("lm_head.dense", "lm_head.layer_norm", ("lm_head.decoder.bias", "lm_head.bias"))
         return rules
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from lmexp.contracts import UserError
 from lmexp.data.parted import is_parted
 from lmexp.job.build import Parts, accelerator_of, build_node, build_task, precision_of
+from lmexp.objective.translation_lm import TranslationLM
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -132,22 +133,24 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
         )
     if data is None:
         return
-    if data.document_mask and not getattr(objective, "reads_documents", False):
+    if data.document_mask and not objective.reads_documents:
         raise UserError(
             f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
         )
     if not is_parted(data.corpus):
         return
     pairs = [part.name for part in data.parts if len(part.languages) > 1]
-    if pairs and not getattr(objective, "reads_pairs", False):
+    if pairs and not objective.reads_pairs:
         raise UserError(
             f"objective {name} reads single texts, and the corpus has pairs ({', '.join(pairs[:3])}); set "
             "objective=translation_lm, or give the corpus no pairs."
         )
-    if getattr(objective, "language_embeddings", False) and model.n_languages < len(data.corpus.languages):
+    known = getattr(model, "n_languages", 0)
+    if isinstance(objective, TranslationLM) and objective.language_embeddings and known < len(data.corpus.languages):
         raise UserError(
             f"objective.language_embeddings=true with {len(data.corpus.languages)} languages, and the model has "
-            f"embeddings for model.n_languages={model.n_languages}; set model.n_languages={len(data.corpus.languages)}."
+            f"embeddings for model.n_languages={known}; set model.n_languages={len(data.corpus.languages)}, or "
+            "objective.language_embeddings=false."
         )
 
 

@@ -6,18 +6,14 @@ separator in between. Of given choices, the likeliest continuation is the model'
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import string
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,21 +22,18 @@ import torch.distributed as dist
 from rich.table import Table
 
 from lmexp.contracts import Family, UserError
-from lmexp.data.order import keys, permute
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.decoding.score import Pair, log_likelihoods
 from lmexp.job.build import accelerator_of, precision_of
 from lmexp.job.check import check_out
 from lmexp.job.plan import Plan
+from lmexp.job.questions import FIELDS, Question, draw_shots, read_questions
 from lmexp.job.restore import Restored, restore
+from lmexp.metric.answers import Score, f1, interval, normalized
 from lmexp.objective.prefix_lm import PrefixLM
 from lmexp.run.directory import write_json
 from lmexp.run.terminal import Terminal
 from lmexp.tokenizer.tokenizer import Tokenizer
-
-_FIELDS = ("question", "context", "answer")
-_ORDER_OF_SHOTS = 2
-"""Keeps these random numbers apart from those of the order of training (`lmexp/data/order.py`)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class InContext:
             fields = [("", "", None)]
         names = [name for name, _, _ in fields if name is not None]
         if (
-            any(name not in _FIELDS for name in names)
+            any(name not in FIELDS for name in names)
             or any(how or what for _, how, what in fields)
             or [names.count("question"), names.count("answer"), names[-1:]] != [1, 1, ["answer"]]
         ):
@@ -173,104 +166,7 @@ def in_context(plan: Plan, settings: InContext) -> float:
     return next(iter(measured.values())).mean
 
 
-# ---- questions and prompts
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row of a file."""
-
-    question: str
-    context: str | None
-    choices: tuple[str, ...]
-    """Empty where the answer is text."""
-
-    right: int | None
-    """The index of the right choice."""
-
-    answers: tuple[str, ...]
-    """Right answers; the first stands in shots."""
-
-    line: int
-    """Of the file, from 1."""
-
-
-def read_questions(path: str, key: str, with_context: bool) -> list[Question]:
-    """The rows of a JSONL file, blank lines left out.
-
-    {"question": text, "choices": [texts], "answer": index} or {"question": text, "answer": text or [texts]}, and
-    "context": text, exactly where `with_context`. `key` is what the user named the file by. Raises `UserError` that
-    names the line for anything else.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}={path} cannot be read: {error}. Give a file of JSON rows in UTF-8.") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_question(json.loads(line), number, with_context))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{key}={path}, line {number} is no JSON: {error}. Write a row on each line.") from error
-        except UserError as error:
-            raise UserError(f"{key}={path}, line {number}: {error}") from None
-    if not found:
-        raise UserError(f"{key}={path} has no rows; expected one of JSON on each line.")
-    return found
-
-
-def _question(row: Any, line: int, with_context: bool) -> Question:
-    """A row, checked; the errors are for `read_questions` to put the place before."""
-    if not isinstance(row, dict):
-        raise UserError('expected an object such as {"question": "2 + 2 =", "answer": "4"}.')
-    needed, known = {"question", "answer"}, {*_FIELDS, "choices"}
-    if not needed <= row.keys() <= known:
-        missing, other = sorted(needed - row.keys()), sorted(row.keys() - known)
-        what = [f"no {' and no '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(other)}"] * bool(other)
-        raise UserError(f"{'; '.join(what)}. The keys are question, answer, and where needed choices and context.")
-    for key in ("question", "context"):
-        if key in row and not isinstance(row[key], str):
-            raise UserError(f"{key} is {row[key]!r}; expected text.")
-    if ("context" in row) != with_context:
-        if with_context:
-            raise UserError('no context, and job.template has {context}; give the row one, or "".')
-        raise UserError("it has a context, and job.template no place for it; put {context} into job.template.")
-    answer, choices = row["answer"], row.get("choices")
-    if choices is None:
-        answers = answer if isinstance(answer, list) else [answer]
-        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise UserError(f"answer is {answer!r}; expected text or a list of texts, or the index of one of choices.")
-        return Question(row["question"], row.get("context"), (), None, tuple(answers), line)
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise UserError(f"choices is {choices!r}; expected a list of at least two texts.")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise UserError(f"answer is {answer!r}; expected the index of the right choice, 0 to {len(choices) - 1}.")
-    return Question(row["question"], row.get("context"), tuple(choices), answer, (choices[answer],), line)
-
-
-def draw_shots(examples: Sequence[Question], question: Question, count: int, seed: int, row: int) -> list[int]:
-    """Which `count` of the examples stand before the question of a row, in order: a pure function of (seed, row).
-
-    Never one that asks the same; so no row is drawn for itself. Raises `UserError` if there are not enough.
-    """
-    n, first = len(examples), 0
-    drawn: list[int] = []
-    round_keys = keys(seed, row, _ORDER_OF_SHOTS)
-    while len(drawn) < count and first < n:
-        end = min(n, first + 2 * count)
-        for i in permute(np.arange(first, end), n, round_keys).tolist():
-            other = examples[i]
-            if (other.question, other.context) != (question.question, question.context) and len(drawn) < count:
-                drawn.append(i)
-        first = end
-    if len(drawn) < count:
-        raise UserError(
-            f"job.shots={count}, and for the question of line {question.line} there are {len(drawn)} examples that ask "
-            "something else; lower job.shots or give more in job.examples."
-        )
-    return drawn
+# ---- prompts
 
 
 class Asked(NamedTuple):
@@ -523,26 +419,6 @@ def sampling_of(plan: Plan, sampling: Sampling) -> Sampling:
 # ---- measures
 
 
-class Score(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def interval(values: Sequence[float]) -> Score:
-    """The mean of numbers in [0, 1] and Wilson's (1927) interval for it.
-
-    For other numbers than 0 and 1 it is too wide rather than too narrow: their variance is at most p (1 - p).
-    """
-    n, p = len(values), fmean(values)
-    z = NormalDist().inv_cdf(0.975)
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n))
-    return Score(p, max(0.0, center - half), min(1.0, center + half))
-
-
 def measure_choices(results: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """Share of the rows whose likeliest choice is the right one; the first of equally likely ones counts.
 
@@ -574,22 +450,6 @@ def chance(questions: Sequence[Question]) -> float:
 def measure_answers(results: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """Mean exact match and F1 (Rajpurkar et al. 2016, section 6.1), each row's best over its right answers."""
     return {name: interval([result[name] for result in results]) for name in ("exact_match", "f1")}
-
-
-def normalized(text: str) -> str:
-    """Lower case, without ASCII punctuation and articles, single spaces: as SQuAD's official evaluation."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def f1(text: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of the words that the two have in common; if one of them has no words: 1
-    if both have none, else 0 (SQuAD 2.0's evaluation)."""
-    given, right = normalized(text).split(), normalized(answer).split()
-    if not given or not right:
-        return float(given == right)
-    common = sum((Counter(given) & Counter(right)).values())
-    return 2 * common / (len(given) + len(right))
 
 
 # ---- devices and the terminal

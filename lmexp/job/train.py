@@ -53,9 +53,6 @@ def train(plan: Plan) -> float:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     quiet_libraries()
     parts = check(cfg, world_size)
-    origin = None if cfg.init_from is None else find(cfg.init_from, cfg.paths.cache_dir)
-    if origin is not None:
-        check_fit(origin, cfg)
     directory = RunDirectory(Path(cfg.paths.run_dir))
     if rank == 0:  # the others would find what the first has begun
         directory.refuse_if_taken(cfg.resume)
@@ -65,18 +62,10 @@ def train(plan: Plan) -> float:
         stack.enter_context(directory.open() if rank == 0 else nullcontext())
         terminal.open_log(directory.log)
         stack.callback(terminal.close)
-        return _train(plan, parts, origin, directory, terminal, rank, world_size)
+        return _train(plan, parts, directory, terminal, rank, world_size)
 
 
-def _train(
-    plan: Plan,
-    parts: Parts,
-    origin: Origin | None,
-    directory: RunDirectory,
-    terminal: Terminal,
-    rank: int,
-    world_size: int,
-) -> float:
+def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int) -> float:
     cfg = plan.config
     found = files.last_valid(directory.checkpoints, terminal.print, tidy=rank == 0) if cfg.resume == "auto" else None
     checkpoint_files = CheckpointFiles()
@@ -87,6 +76,10 @@ def _train(
         checkpoint_files.read[str(found[0])] = found[1]  # Lightning takes it from there, once
     path = None if found is None else found[0]
     del found
+    origin: Origin | None = None
+    if entry is None and cfg.init_from is not None:  # a run that goes on has its own weights
+        origin = find(cfg.init_from, cfg.paths.cache_dir)
+        check_fit(origin, cfg)
     data = prepare_data(cfg, parts, terminal)
     record = {
         "config": OmegaConf.to_container(cfg),
@@ -96,8 +89,9 @@ def _train(
     if entry is not None:
         _refuse_other_data(entry, record)
     task = build_task(cfg, parts, data.tokenizer.vocab_size)
-    if origin is not None and entry is None:
+    if origin is not None:
         initialize(task.model, origin, data.tokenizer, terminal.print)
+        del origin  # it holds the weights
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, data, task, directory, terminal, record, world_size)
     for callback in parts.callbacks:

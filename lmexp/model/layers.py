@@ -185,6 +185,33 @@ def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, pre
     return Visible(mask, causal=False)
 
 
+class CrossCache(KVCache):
+    """What the decoder has seen, and the memory's keys and values, which the first step leaves here."""
+
+    def __init__(
+        self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
+    ) -> None:
+        """Room for `length` decoder positions of `batch` rows."""
+        super().__init__(n_layers, batch, n_heads, length, d_head, device, dtype)
+        self.cross: list[tuple[Tensor, Tensor]] = []
+        """Of each layer, keys and values (B, H, S, E)."""
+
+
+class Across(NamedTuple):
+    """What cross-attention may see, and which positions see anything: (B, U, 1), None: all do."""
+
+    seen: Visible
+    some: Tensor | None
+
+
+def see_across(documents: Tensor, decoder_documents: Tensor) -> Across:
+    """Decoder tokens (B, U) see the encoder's tokens (B, S) of the same document."""
+    mask = decoder_documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, U, S)
+    some = mask.any(-1, keepdim=True)
+    # a softmax over nothing may be NaN: who has nothing to see is let see all, and what comes of it is made zero
+    return Across(Visible(mask | ~some, causal=False), some[:, 0])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v (Vaswani et al. 2017, eq. 1), scale 1/sqrt(E) if None.
 
@@ -398,6 +425,17 @@ def check_fraction(name: str, **values: float) -> None:
     for key, value in values.items():
         if not 0 <= value < 1:
             raise UserError(f"{name}.{key}={value}; expected a number of at least 0 and less than 1.")
+
+
+def check_start_id(start_id: int, vocab_size: int | None = None) -> None:
+    """Raise `UserError` unless a decoder can begin with this token; `vocab_size`: how many there are, once known."""
+    if start_id < 0:
+        raise UserError(f"model.decoder_start_id={start_id}; expected a token id of at least 0.")
+    if vocab_size is not None and start_id >= vocab_size:
+        raise UserError(
+            f"model.decoder_start_id={start_id}; expected a token id below the vocabulary's size {vocab_size}: set it "
+            "to the id of the token that the decoder's input begins with."
+        )
 
 
 def round_up(vocab_size: int, multiple: int) -> int:

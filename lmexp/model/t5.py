@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
 from lmexp.model.layers import (
+    Across,
+    CrossCache,
     FusedLinear,
     Head,
     RMSNorm,
@@ -28,11 +30,12 @@ from lmexp.model.layers import (
     check_fraction,
     check_heads,
     check_positive,
+    check_start_id,
     round_up,
+    see_across,
     training_flops,
     visible,
 )
-from lmexp.model.transformer import Across, TransformerCache, see_across
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,7 @@ class T5Config:
                 f"model.max_distance={self.max_distance}; expected more than half of n_buckets={self.n_buckets}, whose "
                 "first half are distances of their own."
             )
-        if self.decoder_start_id < 0:
-            raise UserError(f"model.decoder_start_id={self.decoder_start_id}; expected a token id of at least 0.")
+        check_start_id(self.decoder_start_id)
 
     @property
     def decoder_layers(self) -> int:
@@ -128,11 +130,7 @@ class T5Config:
 
     def build(self, vocab_size: int) -> T5:
         """The model at random weights for token ids below `vocab_size`."""
-        if self.decoder_start_id >= vocab_size:
-            raise UserError(
-                f"model.decoder_start_id={self.decoder_start_id}; expected a token id below the vocabulary's size "
-                f"{vocab_size}: set it to the id of the token that the decoder's input begins with."
-            )
+        check_start_id(self.decoder_start_id, vocab_size)
         return T5(self, round_up(vocab_size, self.vocab_multiple))
 
 
@@ -238,8 +236,8 @@ class T5(nn.Module):
         return T5Cache(c.decoder_layers, batch, c.n_heads, length, c.head_width, device, dtype)
 
 
-class T5Cache(TransformerCache):
-    """The Transformer's, and the `decoder_positions` of what it holds, (B, U), if they were given."""
+class T5Cache(CrossCache):
+    """And the `decoder_positions` of what it holds, (B, U), if they were given."""
 
     positions: Tensor | None = None
 

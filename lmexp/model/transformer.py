@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
 from lmexp.model.layers import (
+    Across,
+    CrossCache,
     FusedLinear,
     Head,
-    KVCache,
     Visible,
     attend,
     check_fraction,
     check_heads,
     check_positive,
+    check_start_id,
     round_up,
+    see_across,
     training_flops,
     visible,
 )
@@ -133,8 +136,7 @@ class TransformerConfig:
                 f"model.d_model={self.d_model} is odd; sinusoidal positions need an even one: change it, or set "
                 "model.positions=learned."
             )
-        if self.decoder_start_id < 0:
-            raise UserError(f"model.decoder_start_id={self.decoder_start_id}; expected a token id of at least 0.")
+        check_start_id(self.decoder_start_id)
 
     @property
     def decoder_layers(self) -> int:
@@ -148,11 +150,7 @@ class TransformerConfig:
 
     def build(self, vocab_size: int) -> Transformer:
         """The model at random weights for token ids below `vocab_size`."""
-        if self.decoder_start_id >= vocab_size:
-            raise UserError(
-                f"model.decoder_start_id={self.decoder_start_id}; expected a token id below the vocabulary's size "
-                f"{vocab_size}: set it to the id of the token that the decoder's input begins with."
-            )
+        check_start_id(self.decoder_start_id, vocab_size)
         return Transformer(self, round_up(vocab_size, self.vocab_multiple))
 
 
@@ -212,7 +210,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         decoder_documents: Tensor | None = None,
         decoder_positions: Tensor | None = None,
-        cache: TransformerCache | None = None,
+        cache: CrossCache | None = None,
     ) -> Tensor:
         """Hidden states (B, U, D) of the decoder over the encoder's `memory` (B, S, D).
 
@@ -243,37 +241,10 @@ class Transformer(nn.Module):
             lookups -= self.embed.weight.numel()  # the head multiplies with it
         return training_flops(self, lookups, c.d_model, c.n_layers + 2 * c.decoder_layers, length) / 2
 
-    def new_cache(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> TransformerCache:
+    def new_cache(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> CrossCache:
         """An empty cache for `length` decoder positions of `batch` rows."""
         c = self.config
-        return TransformerCache(c.decoder_layers, batch, c.n_heads, length, c.d_model // c.n_heads, device, dtype)
-
-
-class TransformerCache(KVCache):
-    """What the decoder has seen, and the memory's keys and values, which the first step leaves here."""
-
-    def __init__(
-        self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
-    ) -> None:
-        """Room for `length` decoder positions of `batch` rows."""
-        super().__init__(n_layers, batch, n_heads, length, d_head, device, dtype)
-        self.cross: list[tuple[Tensor, Tensor]] = []
-        """Of each layer, keys and values (B, H, S, E)."""
-
-
-class Across(NamedTuple):
-    """What cross-attention may see, and which positions see anything: (B, U, 1), None: all do."""
-
-    seen: Visible
-    some: Tensor | None
-
-
-def see_across(documents: Tensor, decoder_documents: Tensor) -> Across:
-    """Decoder tokens (B, U) see the encoder's tokens (B, S) of the same document."""
-    mask = decoder_documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, U, S)
-    some = mask.any(-1, keepdim=True)
-    # a softmax over nothing may be NaN: who has nothing to see is let see all, and what comes of it is made zero
-    return Across(Visible(mask | ~some, causal=False), some[:, 0])
+        return CrossCache(c.decoder_layers, batch, c.n_heads, length, c.d_model // c.n_heads, device, dtype)
 
 
 class Entry(nn.Module):
@@ -343,7 +314,7 @@ class Decoder(nn.Module):
         seen: Visible,
         across: Across,
         positions: Tensor | None,
-        cache: TransformerCache | None,
+        cache: CrossCache | None,
     ) -> Tensor:
         length = x.shape[1]
         x = self.entry(x, 0 if cache is None else cache.length, positions)
@@ -386,9 +357,7 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(c)
         self.norm3 = nn.LayerNorm(c.d_model)
 
-    def forward(
-        self, x: Tensor, memory: Tensor, seen: Visible, across: Across, cache: TransformerCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, seen: Visible, across: Across, cache: CrossCache | None) -> Tensor:
         if self.prenorm:
             x = x + self.attention(self.norm1(x), seen, cache)
             x = x + self.cross(self.norm2(x), memory, across, cache)
@@ -407,7 +376,7 @@ class SelfAttention(nn.Module):
         self.qkv = FusedLinear(c.d_model, (c.d_model,) * 3, bias=True)
         self.output = nn.Linear(c.d_model, c.d_model)
 
-    def forward(self, x: Tensor, seen: Visible, cache: TransformerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Visible, cache: CrossCache | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, E)
         if cache is not None:
@@ -426,7 +395,7 @@ class CrossAttention(nn.Module):
         self.kv = FusedLinear(c.d_model, (c.d_model,) * 2, bias=True)
         self.output = nn.Linear(c.d_model, c.d_model)
 
-    def forward(self, x: Tensor, memory: Tensor, across: Across, cache: TransformerCache | None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, across: Across, cache: CrossCache | None) -> Tensor:
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, U, E)
         if cache is not None and self.layer < len(cache.cross):
             k, v = cache.cross[self.layer]

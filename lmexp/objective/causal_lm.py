@@ -28,6 +28,7 @@ class CausalLM:
     """Share of these that put the suffix first (SPM, section 3.1 there), in [0, 1]."""
 
     families: ClassVar[tuple[Family, ...]] = ("decoder",)
+    reads_pairs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("fim_rate", "fim_spm_rate"):

@@ -30,6 +30,8 @@ class Denoising:
     """Put the sentences in another order."""
 
     families: ClassVar[tuple[Family, ...]] = ("encoder_decoder",)
+    reads_pairs: ClassVar[bool] = False
+    reads_documents: ClassVar[bool] = False
     bits: ClassVar[str | None] = "conditional_bits_per_byte"
     """Of the text given its noised form: no probability of a text."""
 

@@ -37,6 +37,8 @@ class MaskedLM:
     """A token of its own begins each block; a classifier can read it."""
 
     families: ClassVar[tuple[Family, ...]] = ("encoder",)
+    reads_pairs: ClassVar[bool] = False
+    reads_documents: ClassVar[bool] = True
     bits: ClassVar[str | None] = "pseudo_bits_per_byte"
     """Of hidden tokens given all others: no probability of a text (pseudo-likelihood, Salazar et al. 2020)."""
 
@@ -48,8 +50,6 @@ class MaskedLM:
                 f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share}; expected "
                 "shares that sum to at most 1, such as 0.8 and 0.1."
             )
-
-    reads_documents: ClassVar[bool] = True
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ class PrefixLM:
     part from each place of it; an encoder-decoder reads it with the encoder."""
 
     families: ClassVar[tuple[Family, ...]] = ("decoder", "encoder_decoder")
+    reads_pairs: ClassVar[bool] = False
+    reads_documents: ClassVar[bool] = False
     bits: ClassVar[str | None] = "continuation_bits_per_byte"
     """Of the rest given the first part."""
 

@@ -30,6 +30,8 @@ class SpanCorruption:
     """Sentinel tokens of the vocabulary; as many as a block has spans suffice."""
 
     families: ClassVar[tuple[Family, ...]] = ("encoder_decoder",)
+    reads_pairs: ClassVar[bool] = False
+    reads_documents: ClassVar[bool] = False
     bits: ClassVar[str | None] = "infilling_bits_per_byte"
     """Of the dropped text given the rest, the placing of its sentinels included: no probability of a text."""
 

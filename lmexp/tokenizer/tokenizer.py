@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -78,7 +79,7 @@ class Tokenizer(ABC):
     """(vocab_size,) float32: UTF-8 bytes of the text that each id stands for, 0 for special tokens. Exact where
     `lossless` and for characters, else an estimate from the piece's spelling."""
 
-    @property
+    @cached_property
     def fragments(self) -> np.ndarray:
         """(vocab_size,) bool: ids that spell part of a character only, as byte-level vocabularies have."""
         return np.array(["\ufffd" in self.decode([i], skip_special=True) for i in range(self.vocab_size)])

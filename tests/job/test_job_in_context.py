@@ -18,21 +18,17 @@ from lmexp.job.evaluate import evaluate
 from lmexp.job.in_context import (
     Asked,
     InContext,
-    Question,
-    draw_shots,
-    f1,
-    interval,
     layout_of,
     measure_answers,
     measure_choices,
-    normalized,
     prompt_text,
-    read_questions,
     score_choices,
     write_answers,
 )
+from lmexp.job.questions import Question, draw_shots, read_questions
 from lmexp.job.restore import restore
 from lmexp.job.train import train
+from lmexp.metric.answers import f1, interval, normalized
 from lmexp.model.bert import BertConfig
 from lmexp.model.gpt import GPTConfig
 from lmexp.model.layers import Head

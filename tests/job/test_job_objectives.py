@@ -183,3 +183,17 @@ def test_weights_go_on_under_another_objective(tmp_path: Path) -> None:
     assert_same(
         checkpoint(tmp_path / "first", "best.ckpt")["state_dict"], checkpoint(tmp_path / "second")["state_dict"]
     )
+
+
+def test_a_run_goes_on_when_what_it_began_with_is_gone(tmp_path: Path) -> None:
+    args = arguments("masked", tmp_path)
+    train(plan(*args, f"paths.run_dir={tmp_path / 'first'}"))
+    second = [*args, f"init_from={tmp_path / 'first'}", f"paths.run_dir={tmp_path / 'second'}", "resume=auto"]
+    train(plan(*second, "max_steps=6"))
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    train(plan(*second))
+    assert checkpoint(tmp_path / "second")["lmexp"]["step"] == 12
+    missing = [*args, f"init_from={tmp_path / 'first'}", f"paths.run_dir={tmp_path / 'third'}"]
+    with pytest.raises(UserError, match=r"does not exist|no folder"):
+        train(plan(*missing))
+    assert not (tmp_path / "third").exists()

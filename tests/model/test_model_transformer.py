@@ -10,7 +10,8 @@ import yaml
 from torch import nn
 
 from lmexp.contracts import UserError
-from lmexp.model.transformer import TransformerConfig, see_across, sinusoids
+from lmexp.model.layers import see_across
+from lmexp.model.transformer import TransformerConfig, sinusoids
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
