@@ -1,11 +1,12 @@
 """Each model family against Transformers' model of the same size under the Hugging Face Trainer, on pydocs.
 
-    python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2]
+    python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2] [--speed-only]
 
 lmexp trains for so many minutes; then Transformers' model, of as many parameters, for as many steps on as many tokens
 each, with AdamW at the best of three rates (pilots of a tenth of the steps), linear decay and warm-up. Causal and
 masked LM use the library's own collator, spans and denoising ours on both sides. No dropout on either side. Both are
-validated on the same batches: the whole validation split, with the same noise.
+validated on the same batches: the whole validation split, with the same noise. Speed is compared by turns of
+a few seconds, one side stopped while the other runs, as that of a machine drifts.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from measure import ROOT, head, ours, run, table
+from measure import ROOT, Ticks, head, in_turn, median, ours, run, table
 
 sys.path.insert(0, str(ROOT))
 from lmexp.contracts import IGNORE_INDEX
@@ -106,8 +107,8 @@ def as_theirs(batch: Any) -> dict[str, torch.Tensor]:
     return out | {"labels": labels}
 
 
-def side(family: str, steps: int, cache: Path) -> dict[str, float]:
-    """Their best pilot's rate, then the whole training: validation loss and milliseconds a step."""
+def side(family: str, steps: int, cache: Path, ticks: str | None) -> dict[str, float]:
+    """Their best pilot's rate and, after the whole training with it, the validation loss; or only steps and `Ticks`."""
     import transformers as hf
 
     from lmexp.job.check import check
@@ -140,14 +141,17 @@ def side(family: str, steps: int, cache: Path) -> dict[str, float]:
         def collator(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
             return as_theirs(recipe(source.samples([item["index"] for item in items])))
 
-    def trained(rate: float, n: int) -> tuple[Any, list[float]]:
+    class Clock(hf.TrainerCallback):
+        def __init__(self, file: str) -> None:
+            self.ticks = Ticks(file)
+
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+            self.ticks.tick()
+
+    def trained(rate: float, n: int) -> Any:
         torch.manual_seed(1)
         model = theirs(family, tokenizer.vocab_size)
-        times: list[float] = []
-
-        class Clock(hf.TrainerCallback):
-            def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-                times.append(time.perf_counter())
+        clocks = [] if ticks is None else [Clock(ticks)]
 
         with tempfile.TemporaryDirectory() as folder:
             arguments = hf.TrainingArguments(
@@ -163,8 +167,8 @@ def side(family: str, steps: int, cache: Path) -> dict[str, float]:
                 use_cpu=True,
                 remove_unused_columns=False,
             )
-            hf.Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()
-        return model.eval(), times
+            hf.Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=clocks).train()
+        return model.eval()
 
     @torch.no_grad()
     def validated(model: Any) -> float:
@@ -177,13 +181,29 @@ def side(family: str, steps: int, cache: Path) -> dict[str, float]:
             count += int((labels != IGNORE_INDEX).sum())
         return nats / count
 
-    pilots = {rate: validated(trained(rate, max(50, steps // 10))[0]) for rate in RATES}
+    if ticks is not None:
+        trained(RATES[0], steps)
+        return {}
+    pilots = {rate: validated(trained(rate, max(50, steps // 10))) for rate in RATES}
     best = min(pilots, key=lambda rate: pilots[rate])
-    model, times = trained(best, steps)
-    first = len(times) // 10
-    step = 1000 * (times[-1] - times[first]) / (len(times) - 1 - first)
-    n = sum(p.numel() for p in model.parameters())
-    return {"loss": validated(model), "step_ms": step, "rate": best, "parameters": n}
+    model = trained(best, steps)
+    return {"loss": validated(model), "rate": best, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def speeds(family: str, cache: Path, folder: Path) -> tuple[list[float], list[float], list[float]]:
+    """`in_turn` of ours and theirs."""
+    files = [folder / f"{family}_{side}" for side in ("ours", "theirs")]
+    steps = 2000  # never reached
+    mine = [sys.executable, str(ROOT / "run.py"), *FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}"]
+    mine += [f"paths.run_dir={folder / family}_speed", f"max_steps={steps}", f"validate_every={steps}"]
+    mine += ["+callback.ticks._target_=measure.Ticks", f"+callback.ticks.file={files[0]}"]
+    other = their_command(family, steps, cache, "--ticks", str(files[1]))
+    return in_turn((mine, other), files)
+
+
+def their_command(family: str, steps: int, cache: Path, *more: str) -> list[str]:
+    """`side` as a process of its own."""
+    return [sys.executable, __file__, "--side", family, "--steps", str(steps), "--cache", str(cache), *more]
 
 
 def main() -> None:
@@ -191,44 +211,37 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3, help="how long lmexp trains")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--steps", type=int, default=20_000, help="a bound on the steps; the rate falls to its end")
+    parser.add_argument("--speed-only", action="store_true", help="compare the steps' times alone")
     parser.add_argument("--side", choices=list(FAMILIES), help=argparse.SUPPRESS)
+    parser.add_argument("--ticks", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(side(options.side, options.steps, options.cache)))
+        print(json.dumps(side(options.side, options.steps, options.cache, options.ticks)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cache = folder / "cache"
         for family in options.families:
-            common = [*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}", "callback.samples.prompts=[]"]
-            _, timing = ours(
-                folder / f"{family}_timing", *common, "max_steps=40", "validate_every=40", "data.validation_blocks=4"
-            )
-            steps = min(options.steps, int(60_000 * options.minutes / timing["speed/mean_step_ms"]))
-            _, mine = ours(folder / family, *common, f"max_steps={steps}", f"validate_every={steps}")
-            done = run([sys.executable, __file__, "--side", family, "--steps", str(steps), "--cache", str(cache)])
-            other = json.loads(done.lines[-1][1])
-            speed = other["step_ms"] / mine["speed/mean_step_ms"]
-            sizes = (f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
-            losses = (f"{mine['val/loss']:.4f}", f"{other['loss']:.4f}", f"{other['rate']:g}")
-            times = (f"{mine['speed/mean_step_ms']:.1f}", f"{other['step_ms']:.1f}", f"**{speed:.2f}**")
-            rows.append((family, str(steps), *sizes, *losses, *times))
-            print(rows[-1], flush=True)
+            mine_ms, other_ms, ratios = speeds(family, cache, folder)
+            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+            times = (f"{median(mine_ms):.1f}", f"{median(other_ms):.1f}")
+            row: tuple[str, ...] = (family, *times, f"**{middle:.2f}**", f"{low:.2f} to {high:.2f}")
+            if not options.speed_only:
+                common = [*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}", "callback.samples.prompts=[]"]
+                steps = min(options.steps, int(60_000 * options.minutes / median(mine_ms)))
+                _, mine = ours(folder / family, *common, f"max_steps={steps}", f"validate_every={steps}")
+                other = json.loads(run(their_command(family, steps, cache)).lines[-1][1])
+                sizes = (f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
+                row += (str(steps), *sizes, f"{mine['val/loss']:.4f}", f"{other['loss']:.4f}", f"{other['rate']:g}")
+            rows.append(row)
+            print(row, flush=True)
     print(head("Each family against Transformers and its Trainer"))
-    columns = (
-        "family",
-        "steps",
-        "M parameters",
-        "theirs",
-        "validation loss",
-        "theirs",
-        "their rate",
-        "ms a step",
-        "theirs",
-    )
-    print(table((*columns, "tokens/s, lmexp to theirs"), rows))
+    columns: tuple[str, ...] = ("family", "ms a step", "theirs", "tokens/s, lmexp to theirs", "middle half")
+    if not options.speed_only:
+        columns += ("steps", "M parameters", "theirs", "validation loss", "theirs", "their rate")
+    print(table(columns, rows))
 
 
 if __name__ == "__main__":

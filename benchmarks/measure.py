@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import Callback
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,6 +58,61 @@ def ours(run_dir: Path, *overrides: str) -> tuple[Finished, dict[str, Any]]:
     """A run of lmexp in its own process, and its metrics.json."""
     done = run([sys.executable, str(ROOT / "run.py"), f"paths.run_dir={run_dir}", *overrides], cwd=run_dir.parent)
     return done, json.loads((run_dir / "metrics.json").read_text())
+
+
+class Ticks(Callback):
+    """Writes the time after each training step as a line of a file; for runs that `in_turn` compares."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file).open("w", buffering=1)  # noqa: SIM115 - open as long as the process
+
+    def tick(self) -> None:
+        self.file.write(f"{time.monotonic()}\n")
+
+    def on_train_batch_end(self, *arguments: Any, **keywords: Any) -> None:
+        self.tick()
+
+
+def in_turn(
+    commands: Sequence[Sequence[str]], files: Sequence[Path], windows: int = 16, seconds: float = 3, warm: int = 12
+) -> tuple[list[float], list[float], list[float]]:
+    """Two processes that write `Ticks` run by turns, a few seconds each, while the other is stopped, so that both meet
+    the same machine however it drifts.
+
+    Returns median milliseconds of a step in each window of the first, of the second, and of each pair of neighbouring
+    windows the second's to the first's. Both are killed at the end; they must have steps enough.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, file in zip(commands, files, strict=True):
+            with file.with_suffix(".log").open("wb") as log:
+                processes.append(subprocess.Popen(list(command), stdout=log, stderr=subprocess.STDOUT))
+            while not file.exists() or len(file.read_text().splitlines()) < warm:
+                if processes[-1].poll() is not None:
+                    sys.exit(f"{' '.join(command)} ended early:\n{file.with_suffix('.log').read_text()[-2000:]}")
+                time.sleep(0.2)
+            processes[-1].send_signal(signal.SIGSTOP)
+        spans: list[tuple[float, float]] = []
+        for window in range(2 * windows):
+            process = processes[window % 2]
+            process.send_signal(signal.SIGCONT)
+            start = time.monotonic()
+            time.sleep(seconds)
+            process.send_signal(signal.SIGSTOP)
+            spans.append((start, time.monotonic()))
+        if any(process.poll() is not None for process in processes):
+            sys.exit("a process ended before the comparison did; give it more steps")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    ticks = [np.array([float(line) for line in file.read_text().split()]) for file in files]
+    steps = []
+    for window, (start, end) in enumerate(spans):
+        inside = ticks[window % 2][(ticks[window % 2] > start) & (ticks[window % 2] < end)]
+        steps.append(1000 * float(np.median(np.diff(inside))))
+    first, second = steps[::2], steps[1::2]
+    return first, second, [b / a for a, b in zip(first, second, strict=True)]
 
 
 def nanogpt_data(checkout: Path, folder: Path, text: str) -> Path:

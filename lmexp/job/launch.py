@@ -7,6 +7,7 @@ sets too (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); started by it
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ _LEASH = "LMEXP_LEASH"
 
 _GRACE_S = 10.0
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 def launch(plan: Plan) -> float | None:
     """Run the job; returns its metric for sweepers.
@@ -46,6 +49,7 @@ def launch(plan: Plan) -> float | None:
 def run_here(plan: Plan) -> float | None:
     """Run the job in this process."""
     _limit_threads(plan)
+    _keep_freed_memory()
     from hydra.utils import get_method
 
     return get_method(plan.config.job._target_)(plan)
@@ -76,6 +80,18 @@ def _limit_threads(plan: Plan) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         if "torch" in sys.modules:  # it read the variable when it was imported
             sys.modules["torch"].set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library of Linux keep what is freed, up to 2 GiB, for the next step, which needs as much.
+
+    By default it gives large blocks back to the kernel, which clears each page anew when it is touched: a tenth of the
+    time of a small model's step. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # what is larger is still returned
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cores() -> int:

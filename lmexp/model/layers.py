@@ -31,33 +31,35 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype:
+            return unit_rms(x, self.eps) * self.weight
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def unit_rms(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + 1e-6) over the last dimension."""
+def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension."""
     if x.device.type == "cpu":
-        normed = _UnitRMS.apply(x)  # torch has a kernel for other devices only; its parts cost a CPU twice as much
+        normed = _UnitRMS.apply(x, eps)  # torch has a kernel for other devices only; its parts cost a CPU twice as much
         assert isinstance(normed, Tensor)
         return normed
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class _UnitRMS(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (norm * norm / x.shape[-1] + 1e-6).rsqrt()
+        scale = (norm * norm / x.shape[-1] + eps).rsqrt()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_y: Tensor) -> Tensor:
+    def backward(ctx: Any, *d_y: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         along = (d_y[0] * y).mean(-1, keepdim=True)
-        return torch.addcmul(d_y[0], y, along, value=-1) * scale
+        return torch.addcmul(d_y[0], y, along, value=-1) * scale, None
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -219,6 +221,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     """
     for record in _recording:
         record.append(_attention_weights(q, k, seen, scale))
+    if dropout == 0 and _short_on_cpu(q, k):
+        mixed = _ShortAttention.apply(q, k, v, seen.mask, seen.causal, q.shape[-1] ** -0.5 if scale is None else scale)
+        assert isinstance(mixed, Tensor)
+        return mixed.transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -230,6 +236,57 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def _short_on_cpu(q: Tensor, k: Tensor) -> bool:
+    """Whether the weights of attention are few enough for a CPU that holding them costs less than making them twice."""
+    return (
+        q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and q.shape[1] == k.shape[1]
+        and q.dtype == k.dtype == torch.float32
+        and 1 < q.shape[2] <= k.shape[2] <= 128
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Attention that keeps its weights for the backward pass, whose mask may have a gradient (T5's biases).
+
+    Of torch's kernels for CPUs, the one without weights takes longer here, and the one for masks that need a gradient
+    looks for rows that see nothing, of which there are none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+        (n_batch, n_heads, n_queries, _), n_keys = q.shape, k.shape[2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * H, T or S, E)
+        scores = torch.bmm(q, k.mT)
+        if scale != 1:
+            scores *= scale
+        if causal:
+            scores += scores.new_full((n_queries, n_keys), -math.inf).triu(1)
+        elif mask is not None and mask.dtype == torch.bool:
+            scores.view(n_batch, n_heads, n_queries, n_keys).masked_fill_(~mask, -math.inf)
+        elif mask is not None:
+            scores.view(n_batch, n_heads, n_queries, n_keys).add_(mask)
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.heads, ctx.mask_shape = scale, (n_batch, n_heads), None if mask is None else mask.shape
+        return torch.bmm(weights, v).unflatten(0, ctx.heads)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        d = d_out[0].flatten(0, 1)
+        d_v = torch.bmm(weights.mT, d)
+        d_scores = torch._softmax_backward_data(torch.bmm(d, v.mT), weights, -1, weights.dtype)
+        d_mask = d_scores.unflatten(0, ctx.heads).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+        if ctx.scale != 1:
+            d_scores *= ctx.scale
+        d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)
+        return *(x.unflatten(0, ctx.heads) for x in (d_q, d_k, d_v)), d_mask, None, None
 
 
 _recording: list[list[Tensor]] = []
