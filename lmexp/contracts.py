@@ -122,6 +122,9 @@ class Objective(Protocol):
     reads_pairs: bool
     """Whether it takes samples that have a `pair`."""
 
+    reads_texts: bool
+    """Whether it takes samples that have none."""
+
     @property
     def reads_documents(self) -> bool:
         """Whether it keeps the documents of a block apart."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 
-from lmexp.contracts import EVAL_SEED, Family, Objective, UserError
+from lmexp.contracts import EVAL_SEED, Family, Objective, Sample, Split, UserError
 from lmexp.corpus.parts import Part, smoothed
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
 from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches
@@ -64,6 +64,7 @@ class TextData(LightningDataModule):
         self.tokenizer_documents = tokenizer_documents
         self.samples_seen = 0
         self._stream_states: dict[int, Any] = {}  # samples seen -> where the stream then was
+        self._originals: dict[str, list[list[Any]]] = {}  # split -> part -> side -> rows
 
     def configure(
         self,
@@ -225,6 +226,23 @@ class TextData(LightningDataModule):
         batches = evaluation_batches(len(source), self.eval_batch_size, rank, world_size)
         collated = Collated(source, self._recipe(EVAL_SEED))
         return SizedBatches(collated, lambda: batches, 0, self.prefetch, self._pin_memory)
+
+    def pairs(self, split: str, most: int | None = None) -> list[tuple[int, Sample]]:
+        """This rank's share of a split's pairs, every W-th of all, or of `most` spread over each part; each with its
+        place among all."""
+        sources = [self._evaluation_source(number, split, None) for number in range(len(self.parts))]
+        source = InTurn(sources, most)
+        rank, world_size = self._rank()
+        places = range(rank, len(source), world_size)
+        return list(zip(places, source.samples(places), strict=True))
+
+    def original(self, split: str, sample: Sample) -> tuple[str, str]:
+        """The text that a pair of a split was made of, and its translation, as the corpus has them."""
+        if split not in self._originals:
+            rows = [[side.rows(cast(Split, split)) for side in part.corpora] for part in self.parts]
+            self._originals[split] = rows
+        first, second = (rows[sample.index]["text"] for rows in self._originals[split][sample.part])
+        return first, second
 
     def advance(self, n_samples: int) -> None:
         """Move the cursor: so many more samples of the global order have been trained on."""

@@ -113,7 +113,7 @@ def _callbacks(
     names = [name for name, node in cfg.callback.items() if node is not None]
     made = {name: collect(partial(build_node, cfg, f"callback.{name}")) for name in names}
     checkpoint = made.pop("checkpoint", None)
-    measured = [f"val/{name}" for name in getattr(metric, "names", ())]
+    measured = [f"val/{name}" for c in (metric, *made.values()) for name in getattr(c, "names", ())]
     if checkpoint is not None and measured and checkpoint.monitor not in measured:
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
     used = [c for c in made.values() if not getattr(c, "idle", False)]  # each one costs every step something
@@ -138,6 +138,8 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
             f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
         )
     if not is_parted(data.corpus):
+        if not objective.reads_texts:
+            raise UserError(_NEEDS_PAIRS.format(name=name, but="the corpus has single texts"))
         return
     pairs = [part.name for part in data.parts if len(part.languages) > 1]
     if pairs and not objective.reads_pairs:
@@ -145,6 +147,9 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
             f"objective {name} reads single texts, and the corpus has pairs ({', '.join(pairs[:3])}); set "
             "objective=translation_lm, or give the corpus no pairs."
         )
+    single = [part.name for part in data.parts if len(part.languages) == 1]
+    if single and not objective.reads_texts:
+        raise UserError(_NEEDS_PAIRS.format(name=name, but=f"the corpus has single texts ({', '.join(single[:3])})"))
     known = getattr(model, "n_languages", 0)
     if isinstance(objective, TranslationLM) and objective.language_embeddings and known < len(data.corpus.languages):
         raise UserError(
@@ -153,6 +158,11 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
             "objective.language_embeddings=false."
         )
 
+
+_NEEDS_PAIRS = (
+    "objective {name} reads a text beside the one to write for it, and {but}; choose data=parallel_files, "
+    "'data=cldr data.corpus.pairs=[[en,de]] data.corpus.monolingual=false' or another corpus of pairs alone."
+)
 
 FITTING = {
     "decoder": "objective=causal_lm or prefix_lm for it, or model=bert",

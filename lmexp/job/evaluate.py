@@ -9,14 +9,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from lmexp.callback.checkpoint import CheckpointFiles
+from lmexp.callback.answers import Answers
 from lmexp.contracts import UserError
-from lmexp.job.build import build_trainer
+from lmexp.job.build import build_node
 from lmexp.job.check import check_out
 from lmexp.job.in_context import InContext, in_context
 from lmexp.job.plan import Plan
 from lmexp.job.restore import restore
-from lmexp.job.train import prepare_data, quiet_libraries
+from lmexp.job.train import measured_on, prepare_data, quiet_libraries
 from lmexp.run.directory import write_json
 from lmexp.run.terminal import Terminal
 
@@ -55,11 +55,11 @@ def evaluate(plan: Plan) -> float:
     restored = restore(plan, world_size)
     cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
     data = prepare_data(cfg, restored.parts, terminal, restored.tokenizer)  # type: ignore[arg-type]
-    trainer = build_trainer(restored.cfg, world_size, [], CheckpointFiles())
-    data.trainer = trainer  # the loader shares the split out among its ranks
-    loader = data.loader(job.split, job.max_blocks)
-    trainer.test(restored.task, loader, verbose=False)
-    measured: dict[str, float] = restored.task.measured  # type: ignore[assignment]
+    answers: Answers | None = None
+    if restored.cfg.callback.get("answers") is not None:
+        answers = build_node(restored.cfg, "callback.answers")
+        answers.data, answers.sampling = data, restored.parts.sampling
+    measured = measured_on(restored.cfg, data, restored.task, answers, job.split, job.max_blocks)
     values: dict[str, Any] = {f"{job.split}/{name}": value for name, value in measured.items() if name != "tokens"}
     values |= {"tokens": measured["tokens"], "steps": restored.step}
     if rank == 0:
@@ -69,6 +69,8 @@ def evaluate(plan: Plan) -> float:
         for name, value in values.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
         terminal.print(table)
+        if answers is not None:
+            terminal.print(answers.table())
         if plan.config.out is not None:
             write_json(Path(plan.config.out), values)
             terminal.print(f"Written to {plan.config.out}.")

@@ -18,6 +18,7 @@ from lmexp.job.check import check_out
 from lmexp.job.plan import Plan
 from lmexp.job.restore import Restored, restore
 from lmexp.job.train import quiet_libraries
+from lmexp.objective.text_to_text import TextToText
 from lmexp.run.directory import write_atomically
 
 
@@ -73,9 +74,13 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
     model = restored.task.model.to(device)
     ids = tokenizer.encode([row["prompt"] for row in rows])
     prompts = [[int(i) for i in row] for row in ids]
-    # a document begins after the end of another; an encoder reads texts that end
-    decoder = model.family == "decoder"
-    prompts = [[tokenizer.eos_id, *row] if decoder else [*row, tokenizer.eos_id] for row in prompts]
+    objective = restored.parts.objective
+    if isinstance(objective, TextToText):
+        family, block = restored.parts.model.family, restored.parts.data.block_size
+        prompts = [objective.prompt(row, tokenizer, family, block).tolist() for row in ids]
+    else:  # a document begins after the end of another; an encoder reads texts that end
+        decoder = model.family == "decoder"
+        prompts = [[tokenizer.eos_id, *row] if decoder else [*row, tokenizer.eos_id] for row in prompts]
     shown: list[int] = []
     printed = ""
 

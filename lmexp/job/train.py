@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
+from lmexp.callback.answers import Answers
 from lmexp.callback.base import RunCallback
 from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.callback.progress import clock
@@ -29,6 +30,7 @@ from lmexp.job.build import Parts, accelerator_of, build_node, build_task, build
 from lmexp.job.check import check, seconds_of
 from lmexp.job.initialize import Origin, check_fit, find, initialize
 from lmexp.job.plan import Plan
+from lmexp.job.restore import load_weights
 from lmexp.run import checkpoint as files
 from lmexp.run import environment, events
 from lmexp.run.directory import RunDirectory, disk_errors, write_atomically, write_json
@@ -97,8 +99,10 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
     for callback in parts.callbacks:
         if isinstance(callback, RunCallback):
             callback.session = session
-        if isinstance(callback, Samples):
+        if isinstance(callback, (Samples, Answers)):
             callback.sampling = parts.sampling
+        if isinstance(callback, Answers):
+            callback.data = data
     logger: Any = build_node(cfg, "logger") if rank == 0 else False
     if entry is not None:
         session.steps_before, session.seconds_before = entry["step"], entry["seconds"]
@@ -113,6 +117,7 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
             files.link_last_and_best(directory.checkpoints, entry["step"], entry["best"]["step"])
             events.end_hparams(logger.experiment)
             logger.finalize("success")
+        _test(cfg, parts, data, task, session)
         return _finish(cfg, session, rank)
 
     trainer = build_trainer(cfg, world_size, parts.callbacks, checkpoint_files, logger)
@@ -121,12 +126,39 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
         terminal.print(f"Going on from {path.name}, after step {session.steps_before}.")
     gc.freeze()  # what is there by now stays; looking through it again and again would cost steps their time
     trainer.fit(task, datamodule=data, ckpt_path=None if path is None else str(path), weights_only=True)
+    _test(cfg, parts, data, task, session)
     for callback in parts.callbacks:
         if isinstance(callback, Samples) and callback.latest:
             terminal.print(f"\n[bold]A sample[/bold]\n{escape(callback.latest[0])}\n")
     session.metrics["seconds"] = session.seconds
     session.metrics["steps"] = trainer.global_step
     return _finish(cfg, session, rank)
+
+
+def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session) -> None:
+    """Score the test split of a task, if there is one, once, with the best checkpoint."""
+    answers = next((callback for callback in parts.callbacks if isinstance(callback, Answers)), None)
+    if answers is None or "test" not in data.corpus.splits:
+        return
+    path = files.resolve(str(session.directory.path))
+    load_weights(task, files.load(path), str(path))
+    measured = measured_on(cfg, data, task, answers, "test")
+    session.metrics |= {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
+    session.terminal.print(answers.table())
+
+
+def measured_on(
+    cfg: DictConfig, data: TextData, task: Any, answers: Answers | None, split: str, max_blocks: int | None = None
+) -> dict[str, float]:
+    """What a task measures over a split, `tokens` scored among it, and with `answers` the scores of what it writes."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = build_trainer(cfg, world_size, [] if answers is None else [answers], CheckpointFiles())
+    data.trainer = trainer  # the loader shares the split out among its ranks
+    if answers is not None:
+        answers.split = split
+    trainer.test(task, data.loader(split, max_blocks), verbose=False)
+    measured: dict[str, float] = task.measured
+    return measured | ({} if answers is None else answers.measured)
 
 
 def _is_done(entry: dict[str, Any], session: Session) -> bool:

@@ -29,6 +29,7 @@ class CausalLM:
 
     families: ClassVar[tuple[Family, ...]] = ("decoder",)
     reads_pairs: ClassVar[bool] = False
+    reads_texts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("fim_rate", "fim_spm_rate"):

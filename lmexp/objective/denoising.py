@@ -31,6 +31,7 @@ class Denoising:
 
     families: ClassVar[tuple[Family, ...]] = ("encoder_decoder",)
     reads_pairs: ClassVar[bool] = False
+    reads_texts: ClassVar[bool] = True
     reads_documents: ClassVar[bool] = False
     bits: ClassVar[str | None] = "conditional_bits_per_byte"
     """Of the text given its noised form: no probability of a text."""

@@ -38,6 +38,7 @@ class MaskedLM:
 
     families: ClassVar[tuple[Family, ...]] = ("encoder",)
     reads_pairs: ClassVar[bool] = False
+    reads_texts: ClassVar[bool] = True
     reads_documents: ClassVar[bool] = True
     bits: ClassVar[str | None] = "pseudo_bits_per_byte"
     """Of hidden tokens given all others: no probability of a text (pseudo-likelihood, Salazar et al. 2020)."""

@@ -22,6 +22,7 @@ class PrefixLM:
 
     families: ClassVar[tuple[Family, ...]] = ("decoder", "encoder_decoder")
     reads_pairs: ClassVar[bool] = False
+    reads_texts: ClassVar[bool] = True
     reads_documents: ClassVar[bool] = False
     bits: ClassVar[str | None] = "continuation_bits_per_byte"
     """Of the rest given the first part."""

@@ -41,21 +41,26 @@ class Piece:
     """Further inputs, (n,) int64 each; every piece of a batch has the same."""
 
 
-def first_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Which of the texts go into each row: every one into the first row with room, in order; empty ones nowhere."""
+def first_fit(lengths: Sequence[int] | Sequence[tuple[int, int]], length: int) -> list[list[int]]:
+    """Which of the texts go into each row: every one into the first row with room, in order; empty ones nowhere.
+
+    Texts of two lengths have a source and a target, for which a row has room each.
+    """
+    if not lengths:
+        return []
+    sizes = np.array(lengths, dtype=np.int64).reshape(len(lengths), -1)  # (texts, 1 or 2)
+    assert sizes.max() <= length
     rows: list[list[int]] = []
-    room: list[int] = []
-    for number, n in enumerate(lengths):
-        assert n <= length
-        if not n:
+    room = np.full(sizes.shape, length)  # of each row; there are at most as many rows as texts
+    for number, size in enumerate(sizes):
+        if not size.any():
             continue
-        row = next((r for r, left in enumerate(room) if left >= n), None)
-        if row is None:
+        row = int((room[: len(rows)] >= size).all(1).argmax()) if rows else 0
+        if not rows or (room[row] < size).any():
             rows.append([])
-            room.append(length)
             row = len(rows) - 1
         rows[row].append(number)
-        room[row] -= n
+        room[row] -= size
     return rows
 
 
@@ -137,6 +142,57 @@ def sequence_batch(
     if any(parts):
         batch["parts"] = _each_label(parts, target_length)
     return batch
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text to read and the one to write for it."""
+
+    source: np.ndarray
+    """(n,) int64, with its end."""
+
+    target: np.ndarray
+    """(m,) int64, with its end."""
+
+    n_bytes: float
+    """UTF-8 bytes of the target."""
+
+    part: int = 0
+    """The part of the corpus."""
+
+
+def paired_batch(rows: Sequence[Sequence[Pair]], length: int, start_id: int) -> Batch:
+    """Rows of pairs for an encoder-decoder, `length` tokens on either side; at least one row.
+
+    The decoder reads, for each pair, `start_id` and its target but for the last; it sees the source of its own pair.
+    """
+    shape = (max(1, len(rows)), length)
+    sides = {name: np.zeros(shape, dtype=np.int64) for name in ("tokens", "positions")}
+    sides |= {f"decoder_{name}": np.zeros(shape, dtype=np.int64) for name in ("tokens", "positions")}
+    sides |= {f"{name}documents": np.full(shape, -1, dtype=np.int64) for name in ("", "decoder_")}
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    parts = np.zeros(shape, dtype=np.int64)
+    n_bytes = np.zeros(shape[0])
+    for r, row in enumerate(rows):
+        at = out = 0
+        for number, pair in enumerate(row):
+            n, m = len(pair.source), len(pair.target)
+            here, there = slice(at, at + n), slice(out, out + m)
+            sides["tokens"][r, here] = pair.source
+            sides["decoder_tokens"][r, there] = np.concatenate(([start_id], pair.target[:-1]))
+            for prefix, place, size in (("", here, n), ("decoder_", there, m)):
+                sides[f"{prefix}documents"][r, place] = number
+                sides[f"{prefix}positions"][r, place] = np.arange(size)
+            labels[r, there] = pair.target
+            parts[r, there] = pair.part
+            n_bytes[r] += pair.n_bytes
+            at, out = at + n, out + m
+    return {
+        "inputs": {name: torch.from_numpy(value) for name, value in sides.items()},
+        "labels": torch.from_numpy(labels),
+        "n_bytes": torch.from_numpy(n_bytes.round().astype(np.int64)),
+        "parts": torch.from_numpy(parts),
+    }
 
 
 def _padded(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

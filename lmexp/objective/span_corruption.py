@@ -31,6 +31,7 @@ class SpanCorruption:
 
     families: ClassVar[tuple[Family, ...]] = ("encoder_decoder",)
     reads_pairs: ClassVar[bool] = False
+    reads_texts: ClassVar[bool] = True
     reads_documents: ClassVar[bool] = False
     bits: ClassVar[str | None] = "infilling_bits_per_byte"
     """Of the dropped text given the rest, the placing of its sentinels included: no probability of a text."""

@@ -26,18 +26,25 @@ KINDS = {
     "prefix_t5": ["model=t5", "model.d_ff=32", "objective=prefix_lm"],
     "fim": ["model=llama", "model.d_ff=24", "objective=causal_lm_fim"],
     "translation": ["model=bert", "model.n_languages=2", "objective=translation_lm"],
+    "pairs": ["model=transformer", "objective=text_to_text", "callback=text_to_text", "decoding=greedy"],
+    "pairs_decoder": ["model=gpt", "objective=text_to_text"],
     "mixture": ["model=bert", "objective=masked_lm"],
 }
 
 
+def data_is_paired(kind: str) -> bool:
+    return kind in ("translation", "pairs", "pairs_decoder")
+
+
 def data(kind: str, folder: Path) -> list[str]:
-    if kind == "translation":
+    if data_is_paired(kind):
         for column, name in enumerate(("en", "de")):
             text = "\n".join(pair[column] for pair in ENGLISH_GERMAN)
             (folder / f"train.{name}").write_text(text, encoding="utf-8")
         files = f"{{en:{folder}/train.en,de:{folder}/train.de}}"
         return [
-            *("data=parallel_files", "data.corpus.use=both", "data.block_size=64"),
+            *("data=parallel_files", f"data.corpus.use={'both' if kind == 'translation' else 'pairs'}"),
+            "data.block_size=112",
             *(f"data.corpus.train={files}", f"data.corpus.validation={files}"),
         ]
     if kind == "mixture":
@@ -52,7 +59,7 @@ def data(kind: str, folder: Path) -> list[str]:
 
 def arguments(kind: str, folder: Path) -> list[str]:
     return [
-        *(option for option in PLAIN if not (kind == "translation" and option.startswith("data.block_size"))),
+        *(option for option in PLAIN if not (data_is_paired(kind) and option.startswith("data.block_size"))),
         *data(kind, folder),
         *KINDS[kind],
         f"paths.cache_dir={folder / 'cache'}",

@@ -1,0 +1,136 @@
+"""What a model writes for the sources of a split, beside the references, and how near it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.markup import escape
+from rich.table import Table
+
+from lmexp.callback.base import RunCallback
+from lmexp.contracts import UserError
+from lmexp.decoding.generate import Sampling, generate
+from lmexp.metric.text_to_text import SCORES, scores, sentence_chrf
+
+
+class Answer(NamedTuple):
+    """A source with what was written for it."""
+
+    place: int
+    """Among the pairs that were asked for."""
+
+    source: str
+    reference: str
+    output: str
+
+
+class Answers(RunCallback):
+    """Decodes validation sources at each validation, and a whole split when a checkpoint is tested.
+
+    Each pair is decoded once, by one device; the scores are of all of them. Everything written stands in `latest`.
+    """
+
+    names = SCORES
+    """What is measured under val/."""
+
+    data: Any
+    sampling: Sampling
+    split = "test"
+    """What `trainer.test` decodes; the job sets it, as the two above."""
+
+    def __init__(self, examples: int | None, batch_size: int, shown: int, bootstrap: int) -> None:
+        for name, value, least in (
+            ("examples", 1 if examples is None else examples, 1),
+            ("batch_size", batch_size, 1),
+            ("shown", shown, 0),
+            ("bootstrap", bootstrap, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"callback.answers.{name}={value}; expected a whole number of at least {least}.")
+        self.examples = examples
+        self.batch_size = batch_size
+        self.shown = shown
+        self.bootstrap = bootstrap
+        self.latest: list[Answer] = []
+        self.measured: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        with self.session.pause():
+            self._measure(trainer, pl_module, "validation", self.examples, 0)
+        values = {f"val/{name}": value for name, value in self.measured.items()}
+        self.session.metrics |= values
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.log_metrics(values, step=trainer.global_step)
+            trainer.logger.experiment.add_text("answers", self.markdown(), trainer.global_step)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """While the devices are still connected."""
+        self._measure(trainer, pl_module, self.split, None, self.bootstrap)
+
+    def _measure(self, trainer: Trainer, task: LightningModule, split: str, most: int | None, bootstrap: int) -> None:
+        with trainer.precision_plugin.forward_context():
+            own = self._answers(task.model, split, most)
+        shares: list[Any] = [None] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(shares, own)
+        else:
+            shares = [own]
+        self.latest = sorted(answer for share in shares for answer in share)
+        outputs, references = [a.output for a in self.latest], [a.reference for a in self.latest]
+        self.measured = scores(outputs, references, bootstrap)
+
+    def _answers(self, model: Any, split: str, most: int | None) -> list[Answer]:
+        data, tokenizer = self.data, self.data.tokenizer
+        pairs = data.pairs(split, most)
+        prompts = [
+            data.objective.prompt(sample.tokens, tokenizer, data.family, data.block_size).tolist()
+            for _, sample in pairs
+        ]
+        most_new = data.objective.lengths(data.block_size, data.family)[1]
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=min(most_new, self.sampling.max_new_tokens))
+        order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))  # equally long ones need no padding
+        answers = []
+        # eager: each new token is another shape, which a compiled model would be compiled for
+        with torch.compiler.set_stance("force_eager"):
+            for first in range(0, len(order), self.batch_size):
+                numbers = order[first : first + self.batch_size]
+                rows = generate(model, [prompts[i] for i in numbers], sampling, tokenizer.eos_id, tokenizer.vocab_size)
+                for number, row in zip(numbers, rows, strict=True):
+                    place, sample = pairs[number]
+                    source, reference = data.original(split, sample)
+                    answers.append(Answer(place, source, reference, tokenizer.decode(row, skip_special=True).strip()))
+        return answers
+
+    def ranked(self) -> list[tuple[float, Answer]]:
+        """The answers by their own chrF, the worst first."""
+        scored = [(sentence_chrf(a.output, a.reference), a) for a in self.latest]
+        return sorted(scored, key=lambda pair: (pair[0], pair[1].place))
+
+    def _extremes(self) -> list[tuple[float, Answer]]:
+        ranked = self.ranked()
+        if len(ranked) <= 2 * self.shown:
+            return ranked
+        return ranked[: self.shown] + ranked[len(ranked) - self.shown :]
+
+    def markdown(self) -> str:
+        """The worst and the best as a table for TensorBoard."""
+        cells = ([f"{score:.0f}", a.source, a.reference, a.output] for score, a in self._extremes())
+        lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in cells]
+        return "\n".join(["| chrF | source | reference | output |", "|---:|---|---|---|", *(f"| {x} |" for x in lines)])
+
+    def table(self) -> Table:
+        """The same for the terminal."""
+        table = Table(title="Worst and best", title_justify="left", show_lines=True)
+        table.add_column("chrF", justify="right")
+        for name in ("source", "reference", "output"):
+            table.add_column(name)
+        for score, a in self._extremes():
+            table.add_row(f"{score:.0f}", *(escape(text) for text in a[1:]))
+        return table

@@ -1,0 +1,93 @@
+"""Translation from the configuration to the scores of the test split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lmexp.contracts import UserError
+from lmexp.decoding.generate import Sampling, generate
+from lmexp.job.evaluate import evaluate
+from lmexp.job.restore import restore
+from lmexp.job.train import train
+from tests.job.test_job_objectives import PLAIN, data
+from tests.runs import TINY, corpus, plan, run, scalars
+
+
+def arguments(folder: Path) -> list[str]:
+    return [
+        *(o for o in PLAIN if not o.startswith(("data.block_size", "callback.samples"))),
+        *(o.replace("use=both", "use=pairs") for o in data("translation", folder)),
+        f"data.corpus.test={{en:{folder}/train.en,de:{folder}/train.de}}",
+        *("model=transformer", "model.dropout=0", "objective=text_to_text", "callback=text_to_text"),
+        *(
+            "decoding=greedy",
+            "callback.answers.examples=7",
+            "callback.answers.bootstrap=20",
+            "callback.answers.shown=2",
+        ),
+        *(f"paths.cache_dir={folder / 'cache'}", "max_steps=6", "validate_every=3", "optimizer.lr=0.003"),
+    ]
+
+
+def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(tmp_path)
+    train(plan(*args, f"paths.run_dir={run_dir}"))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert {"test/bleu", "test/bleu_ci", "test/chrf", "test/exact_match", "test/loss", "val/bleu"} <= set(metrics)
+    curves = scalars(run_dir)
+    assert [step for step, _ in curves["val/bleu"]] == [3, 6]
+
+    # the same from the checkpoint, on one process and on two
+    for name, more in (("one", []), ("two", ["trainer=ddp_sim"])):
+        out = tmp_path / f"{name}.json"
+        asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", f"out={out}", "decoding=greedy", *more]
+        if more:
+            done = run(*asked)
+            assert done.returncode == 0, done.stderr
+        else:
+            evaluate(plan(*asked, "trainer=cpu"))
+        measured = json.loads(out.read_text())
+        for key in ("test/bleu", "test/chrf", "test/exact_match", "test/length_ratio", "test/loss"):
+            assert measured[key] == pytest.approx(metrics[key], rel=1e-6), key
+
+    # going on with a finished run scores it again, to the same numbers
+    (run_dir / "metrics.json").unlink()
+    train(plan(*args, f"paths.run_dir={run_dir}", "resume=auto"))
+    again = json.loads((run_dir / "metrics.json").read_text())
+    assert again["test/bleu"] == metrics["test/bleu"]
+
+
+def test_generation_reads_a_source_as_training_did(tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "out.jsonl"
+    train(plan(*arguments(tmp_path), f"paths.run_dir={run_dir}", "max_steps=3"))
+    source = "the house number 3"
+    done = run(
+        "job=generate", f"ckpt={run_dir}", f"job.prompt={source}", "decoding=greedy", f"out={out}", "trainer=cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    restored = restore(plan("job=generate", f"ckpt={run_dir}", "trainer=cpu"), 1)
+    tokenizer = restored.tokenizer
+    prompt = [*(int(i) for i in tokenizer.encode([source])[0]), tokenizer.eos_id]
+    sampling = Sampling(temperature=0, max_new_tokens=200)
+    (expected,) = generate(restored.task.model, [prompt], sampling, tokenizer.eos_id, tokenizer.vocab_size)
+    assert json.loads(out.read_text())["text"] == tokenizer.decode(expected, skip_special=True)
+
+
+def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
+    where = f"paths.run_dir={tmp_path / 'run'}"
+    with pytest.raises(
+        UserError, match=r"TextToText reads a text beside the one to write for it.*single texts \(en, de\)"
+    ):
+        train(plan(*arguments(tmp_path), "data.corpus.use=both", where))
+    with pytest.raises(UserError, match=r"TextToText reads a text beside"):
+        train(plan(*TINY, corpus(tmp_path), "model=gpt", "objective=text_to_text", where))
+    plain = [o for o in arguments(tmp_path) if not o.startswith("callback")]
+    with pytest.raises(UserError, match=r"monitor=val/bleu; expected one of val/loss"):
+        train(plan(*plain, "callback.checkpoint.monitor=val/bleu", where))
+    with pytest.raises(UserError, match=r"callback.answers.examples=0; expected a whole number of at least 1"):
+        train(plan(*arguments(tmp_path), "callback.answers.examples=0", where))
+    assert not (tmp_path / "run").exists()
