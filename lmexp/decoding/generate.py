@@ -1,4 +1,4 @@
-"""Text from a decoder: greedy or sampled, batched, with a key-value cache."""
+"""Text from a decoder or an encoder-decoder: greedy or sampled, batched, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lmexp.contracts import UserError
+from lmexp.decoding.beam import Beam, beam_search
+from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,19 @@ class Sampling:
     """Only the fewest likeliest tokens that reach this probability together, in (0, 1] (Holtzman et al. 2020,
     section 3.1); null: all. Applied after temperature and top_k."""
 
+    min_p: float | None = None
+    """Only tokens at least this times as likely as the likeliest, in (0, 1] (Nguyen et al. 2024, section 3); null: all.
+    Applied last."""
+
     max_new_tokens: int = 256
     """Tokens generated for each prompt at most."""
+
+    min_new_tokens: int = 0
+    """The end of a document is not drawn before so many."""
+
+    no_repeat_ngram: int | None = None
+    """No so many tokens in a row are written twice (Paulus et al. 2017, section 2.5), a decoder's prompt counted in;
+    null: they may."""
 
     seed: int = 0
     """Decides all randomness."""
@@ -42,21 +55,29 @@ class Sampling:
             raise UserError(f"decoding.top_k={self.top_k}; expected at least 1, or null for all tokens.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"decoding.top_p={self.top_p}; expected a probability above 0 and at most 1, or null.")
-        if self.max_new_tokens < 1:
-            raise UserError(f"decoding.max_new_tokens={self.max_new_tokens}; expected at least 1.")
+        if self.min_p is not None and not 0 < self.min_p <= 1:
+            raise UserError(f"decoding.min_p={self.min_p}; expected a share above 0 and at most 1, or null.")
+        check_lengths(self.max_new_tokens, self.min_new_tokens, self.no_repeat_ngram)
+
+    @property
+    def constraints(self) -> Constraints:
+        """What may not be written."""
+        return Constraints(self.min_new_tokens, self.no_repeat_ngram)
 
 
 @torch.no_grad()
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: Sampling | Beam,
     eos_id: int | None,
     vocab_size: int,
     on_token: Callable[[int, int], None] | None = None,
     first_row: int = 0,
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one); returns the new tokens alone, the end of document included.
+
+    With a `Beam` the best that `beam_search` finds, which comes to `on_token` when it is whole.
 
     An encoder-decoder reads the prompt and writes its answer, from `model.decoder_start_id` on.
 
@@ -74,6 +95,12 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        if isinstance(sampling, Beam):
+            rows = [found[0][1] for found in beam_search(model, prompts, sampling, eos_id, vocab_size)]
+            for row, tokens in enumerate(rows if on_token is not None else []):
+                for token in tokens:
+                    on_token(row, token)  # type: ignore[misc]
+            return rows
         return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
     finally:
         model.train(was_training)
@@ -88,71 +115,13 @@ def _generate(
     on_token: Callable[[int, int], None] | None,
     first_row: int,
 ) -> list[list[int]]:
-    if model.family == "encoder_decoder":
-        return _answer(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
-    weight = model.head.weight
-    device = weight.device
-    width = max(len(prompt) for prompt in prompts)
-    # rows end together: shorter prompts are padded at the left, and the padding is a document of its own, -1
-    tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
-    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
-
-    room = min(model.max_length, width + sampling.max_new_tokens)
-    cache = None
-    if width <= room:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-        cache = model.new_cache(len(prompts), room, device, dtype)
-    rows = _Rows(len(prompts), sampling, eos_id, vocab_size, on_token, first_row)
-    for _ in range(sampling.max_new_tokens):
-        width = tokens.shape[1]
-        if cache is not None and width <= room:
-            hidden = _hidden(model, tokens, pads, cache.length, cache)
-        else:
-            cache = None  # the window slides: every position of it changes, so that nothing can be kept
-            hidden = _hidden(model, tokens, pads, max(0, width - model.max_length), None)
-        drawn = rows.draw(model.head(hidden[:, -1]))
+    steps = steps_of(model, prompts, sampling.max_new_tokens)
+    rows = _Rows(prompts, model, sampling, eos_id, vocab_size, on_token, first_row)
+    for _ in range(steps.most):
+        drawn = rows.draw(steps.logits())
         if all(rows.done):
             break
-        tokens = torch.cat((tokens, drawn[:, None]), 1)
-    return rows.tokens
-
-
-def _answer(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos_id: int | None,
-    vocab_size: int,
-    on_token: Callable[[int, int], None] | None,
-    first_row: int,
-) -> list[list[int]]:
-    """`_generate` for an encoder-decoder: the encoder reads the last `max_length` tokens of each prompt once."""
-    weight = model.head.weight
-    device = weight.device
-    prompts = [list(prompt)[-model.max_length :] for prompt in prompts]
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
-    documents = torch.full_like(tokens, -1)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-        documents[row, : len(prompt)] = 0
-    positions = torch.arange(width, device=device).expand_as(tokens)
-    padded = {"documents": documents, "positions": positions} if (documents < 0).any() else {}
-    memory = model.encode(tokens, **padded)
-    seen = {"documents": documents} if padded else {}
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-    room = min(model.max_length, sampling.max_new_tokens)
-    cache = model.new_cache(len(prompts), room, device, dtype)
-    rows = _Rows(len(prompts), sampling, eos_id, vocab_size, on_token, first_row)
-    drawn = torch.full((len(prompts),), model.decoder_start_id, dtype=torch.int64, device=device)
-    for _ in range(room):
-        own = {"decoder_documents": torch.zeros_like(drawn[:, None])} if padded else {}
-        hidden = model.decode(drawn[:, None], memory, **seen, **own, cache=cache)
-        drawn = rows.draw(model.head(hidden[:, -1]))
-        if all(rows.done):
-            break
+        steps.append(drawn)
     return rows.tokens
 
 
@@ -161,15 +130,17 @@ class _Rows:
 
     def __init__(
         self,
-        count: int,
+        prompts: Sequence[Sequence[int]],
+        model: Any,
         sampling: Sampling,
         eos_id: int | None,
         vocab_size: int,
         on_token: Callable[[int, int], None] | None,
         first_row: int,
     ) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.done = [False] * count
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.done = [False] * len(prompts)
+        self.begun = begun(model, prompts)
         self.sampling = sampling
         self.eos_id = eos_id
         self.vocab_size = vocab_size
@@ -179,7 +150,11 @@ class _Rows:
     def draw(self, logits: Tensor) -> Tensor:
         """Choose the next token of each row from its logits (B, V), append it where the row goes on; (B,)."""
         places = [(self.first_row + i, len(row)) for i, row in enumerate(self.tokens)]
-        drawn = next_tokens(logits[:, : self.vocab_size], self.sampling, places)
+        logits = logits[:, : self.vocab_size]
+        if self.sampling.constraints.any:
+            texts = [[*start, *row] for start, row in zip(self.begun, self.tokens, strict=True)]
+            logits = self.sampling.constraints(logits, texts, places[0][1], self.eos_id)
+        drawn = next_tokens(logits, self.sampling, places)
         for row, token in enumerate(drawn.tolist()):
             if self.done[row]:
                 continue
@@ -188,19 +163,6 @@ class _Rows:
             if self.on_token is not None:
                 self.on_token(row, token)
         return drawn
-
-
-def _hidden(model: nn.Module, tokens: Tensor, pads: Tensor, start: int, cache: Any) -> Tensor:
-    """Hidden states of the columns from `start` on; without a cache these are all that is seen."""
-    tokens = tokens[:, start:]
-    seen_pads = pads if cache is not None else (pads - start).clamp_min(0)
-    offset = start if cache is not None else 0
-    if not seen_pads.any():
-        return model(tokens, cache=cache)
-    columns = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)
-    positions = columns - seen_pads[:, None]
-    documents = -(positions < 0).long()
-    return model(tokens, documents=documents, positions=positions.clamp_min(0), cache=cache)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, int]]) -> Tensor:
@@ -234,6 +196,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    if sampling.min_p is not None:
+        probabilities = torch.where(probabilities >= sampling.min_p * probabilities[:, :1], probabilities, 0.0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return probabilities, ids
 

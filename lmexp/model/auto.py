@@ -232,6 +232,14 @@ class Past:
         self.tokens: Tensor | None = None
         self.positions: Tensor | None = None
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
+        if self.past is not None:
+            self.past.reorder_cache(rows)
+        for name in ("mask", "tokens", "positions"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[rows])
+
 
 class LogitsHead(nn.Module):
     """Takes logits for hidden states; `weight` (V, D) is the network's own, for others to see."""

@@ -151,6 +151,18 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
+        seen = slice(0, self.length)
+        shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old if old.shape == shape else torch.zeros(shape, device=old.device, dtype=old.dtype)
+            new[:, :, :, seen] = old[:, :, :, seen][:, rows]
+            setattr(self, name, new)
+        if self.documents is not None:
+            self.documents = self.documents[rows]
+
 
 class Visible(NamedTuple):
     """What attention may see: a boolean mask (B or 1, 1, T, S), True where it may; None with `causal`: all before."""
@@ -197,6 +209,10 @@ class CrossCache(KVCache):
         super().__init__(n_layers, batch, n_heads, length, d_head, device, dtype)
         self.cross: list[tuple[Tensor, Tensor]] = []
         """Of each layer, keys and values (B, H, S, E)."""
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.cross = [(keys[rows], values[rows]) for keys, values in self.cross]
 
 
 class Across(NamedTuple):

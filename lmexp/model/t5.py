@@ -241,6 +241,11 @@ class T5Cache(CrossCache):
 
     positions: Tensor | None = None
 
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self.positions is not None:
+            self.positions = self.positions[rows]
+
 
 class Stack(nn.Module):
     """Embeddings (B, T, D) to normed hidden states (B, T, D): the encoder, or the decoder over a memory (B, S, D)."""

@@ -1,0 +1,179 @@
+"""A model that writes one token after another for many rows at once, whoever chooses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmexp.contracts import UserError
+
+
+class Steps(Protocol):
+    """Rows that are written together."""
+
+    most: int
+    """Tokens that can be written at most."""
+
+    def logits(self) -> Tensor:
+        """Of the next token of each row, (rows, V); once for each token."""
+        ...
+
+    def append(self, tokens: Tensor) -> None:
+        """Write the next token of each row, (rows,)."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, (n,) int64, in this order; one may come several times."""
+        ...
+
+
+def steps_of(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Steps:
+    """A decoder continues the prompts, an encoder-decoder reads them, its last `max_length` tokens, and answers."""
+    return (_Answers if model.family == "encoder_decoder" else _Continuations)(model, prompts, max_new_tokens)
+
+
+def begun(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What stands before the first new token of each row."""
+    if model.family == "encoder_decoder":
+        return [[model.decoder_start_id] for _ in prompts]
+    return [list(prompt) for prompt in prompts]
+
+
+class _Continuations:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        self.model = model
+        self.most = max_new_tokens
+        weight = model.head.weight
+        device = weight.device
+        width = max(len(prompt) for prompt in prompts)
+        # rows end together: shorter prompts are padded at the left, and the padding is a document of its own, -1
+        self.tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        self.pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        for row, prompt in enumerate(prompts):
+            self.tokens[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+        self.room = min(model.max_length, width + max_new_tokens)
+        self.cache: Any = None
+        if width <= self.room:
+            self.cache = model.new_cache(len(prompts), self.room, device, _dtype(weight))
+
+    def logits(self) -> Tensor:
+        width = self.tokens.shape[1]
+        if self.cache is not None and width > self.room:
+            self.cache = None  # the window slides: every position of it changes, so that nothing can be kept
+        start = max(0, width - self.model.max_length) if self.cache is None else self.cache.length
+        return self.model.head(self._hidden(start)[:, -1])
+
+    def _hidden(self, start: int) -> Tensor:
+        """Hidden states of the columns from `start` on; without a cache these are all that is seen."""
+        tokens = self.tokens[:, start:]
+        pads = self.pads if self.cache is not None else (self.pads - start).clamp_min(0)
+        offset = start if self.cache is not None else 0
+        if not pads.any():
+            return self.model(tokens, cache=self.cache)
+        columns = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)
+        positions = columns - pads[:, None]
+        documents = -(positions < 0).long()
+        return self.model(tokens, documents=documents, positions=positions.clamp_min(0), cache=self.cache)
+
+    def append(self, tokens: Tensor) -> None:
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
+
+    def select(self, rows: Tensor) -> None:
+        self.tokens, self.pads = self.tokens[rows], self.pads[rows]
+        if self.cache is not None:
+            self.cache.select(rows)
+
+
+class _Answers:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        self.model = model
+        self.most = min(model.max_length, max_new_tokens)
+        weight = model.head.weight
+        device = weight.device
+        prompts = [list(prompt)[-model.max_length :] for prompt in prompts]
+        width = max(len(prompt) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        documents = torch.full_like(tokens, -1)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+            documents[row, : len(prompt)] = 0
+        self.documents: Tensor | None = None
+        more = {}
+        if (documents < 0).any():
+            self.documents = documents
+            more = {"documents": documents, "positions": torch.arange(width, device=device).expand_as(tokens)}
+        self.memory = model.encode(tokens, **more)
+        self.cache: Any = model.new_cache(len(prompts), self.most, device, _dtype(weight))
+        self.last = torch.full((len(prompts),), model.decoder_start_id, dtype=torch.int64, device=device)
+
+    def logits(self) -> Tensor:
+        more = {}
+        if self.documents is not None:
+            more = {"documents": self.documents, "decoder_documents": torch.zeros_like(self.last[:, None])}
+        hidden = self.model.decode(self.last[:, None], self.memory, **more, cache=self.cache)
+        return self.model.head(hidden[:, -1])
+
+    def append(self, tokens: Tensor) -> None:
+        self.last = tokens
+
+    def select(self, rows: Tensor) -> None:
+        self.last, self.memory = self.last[rows], self.memory[rows]
+        if self.documents is not None:
+            self.documents = self.documents[rows]
+        self.cache.select(rows)
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Tokens that may not be written next."""
+
+    min_new_tokens: int
+    no_repeat_ngram: int | None
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return self.min_new_tokens > 0 or self.no_repeat_ngram is not None
+
+    def __call__(self, scores: Tensor, texts: Sequence[Sequence[int]], written: int, eos_id: int | None) -> Tensor:
+        """`scores` (rows, V) with minus infinity where a token is forbidden after `texts`, of which `written` tokens
+        are new."""
+        scores = scores.clone()
+        if eos_id is not None and written < self.min_new_tokens:
+            scores[:, eos_id] = -torch.inf
+        if self.no_repeat_ngram is not None:
+            for row, text in enumerate(texts):
+                banned = completions(text, self.no_repeat_ngram)
+                if banned:
+                    scores[row, banned] = -torch.inf
+        return scores
+
+
+def completions(text: Sequence[int], n: int) -> list[int]:
+    """The tokens that would make the last n - 1 tokens of a text an n-gram that it has already."""
+    if len(text) < n:
+        return []
+    last = tuple(text[len(text) - n + 1 :])
+    return sorted({text[i + n - 1] for i in range(len(text) - n + 1) if tuple(text[i : i + n - 1]) == last})
+
+
+def check_lengths(max_new_tokens: int, min_new_tokens: int, no_repeat_ngram: int | None) -> None:
+    """Raise `UserError` for lengths that are none."""
+    if max_new_tokens < 1:
+        raise UserError(f"decoding.max_new_tokens={max_new_tokens}; expected at least 1.")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise UserError(
+            f"decoding.min_new_tokens={min_new_tokens}; expected at least 0 and at most max_new_tokens="
+            f"{max_new_tokens}."
+        )
+    if no_repeat_ngram is not None and no_repeat_ngram < 1:
+        raise UserError(f"decoding.no_repeat_ngram={no_repeat_ngram}; expected at least 1, or null.")
