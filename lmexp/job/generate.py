@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from lmexp.contracts import UserError
+from lmexp.decoding.beam import Beam, beam_search
 from lmexp.decoding.generate import generate as decode
 from lmexp.job.build import accelerator_of, precision_of
 from lmexp.job.check import check_out
@@ -40,6 +42,12 @@ def generate(plan: Plan) -> None:
         raise UserError(
             f"ckpt={plan.config.ckpt} holds an encoder ({type(restored.task.model).__name__}), which reads and doesn't "
             "write; give the checkpoint of a decoder or an encoder-decoder."
+        )
+    sampling = restored.parts.sampling
+    if isinstance(sampling, Beam) and job.samples > sampling.beams:
+        raise UserError(
+            f"job.samples={job.samples} of decoding.beams={sampling.beams}: beam search finds no more texts than that; "
+            f"set decoding.beams={job.samples}."
         )
     rows: list[dict[str, Any]] = [{"prompt": p, "sample": s} for p in prompts for s in range(job.samples)]
     for first in range(0, len(rows), job.batch_size):
@@ -92,13 +100,20 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
             print(text[len(printed) :], end="", flush=True)
             printed = text
 
+    # what answers a text stands below it, what continues it beside
+    between = "" if model.family == "decoder" and not isinstance(objective, TextToText) else "\n"
     if stream:
-        print(rows[0]["prompt"], end="", flush=True)
+        print(rows[0]["prompt"], end=between, flush=True)
     half = precision_of(restored.cfg) != "32-true"
     context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
     # eager: each new token is another shape, which a compiled model would be compiled for
     with context, torch.compiler.set_stance("force_eager"):
-        done = decode(model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, show if stream else None, first)
+        ends = tokenizer.eos_id, tokenizer.vocab_size
+        if isinstance(sampling, Beam) and not stream:
+            model.eval()
+            done = _best(lambda kinds: beam_search(model, kinds, sampling, *ends), prompts, rows)
+        else:
+            done = decode(model, prompts, sampling, *ends, show if stream else None, first)
     for row, tokens in zip(rows, done, strict=True):
         row["text"] = tokenizer.decode(tokens, skip_special=True)
     if stream:
@@ -106,4 +121,13 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
         return
     for row in rows:
         print(f"--- {row['prompt']!r}, sample {row['sample']}")
-        print(row["prompt"] + row["text"])
+        print(row["prompt"] + between + row["text"])
+
+
+def _best(search: Callable[[list[list[int]]], Any], prompts: list[list[int]], rows: list[dict[str, Any]]) -> Any:
+    """The texts of rows of which several share a prompt: sample i is its i-th best; `score` is filled in."""
+    kinds = list(dict.fromkeys(map(tuple, prompts)))
+    found = dict(zip(kinds, search([list(kind) for kind in kinds]), strict=True))
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["score"], tokens = found[tuple(prompt)][row["sample"]]
+        yield tokens

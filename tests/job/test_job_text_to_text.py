@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmexp.contracts import UserError
+from lmexp.decoding.beam import Beam, beam_search
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.job.evaluate import evaluate
 from lmexp.job.restore import restore
@@ -65,9 +66,8 @@ def test_generation_reads_a_source_as_training_did(tmp_path: Path) -> None:
     run_dir, out = tmp_path / "run", tmp_path / "out.jsonl"
     train(plan(*arguments(tmp_path), f"paths.run_dir={run_dir}", "max_steps=3"))
     source = "the house number 3"
-    done = run(
-        "job=generate", f"ckpt={run_dir}", f"job.prompt={source}", "decoding=greedy", f"out={out}", "trainer=cpu"
-    )
+    asked = ["job=generate", f"ckpt={run_dir}", "trainer=cpu", f"job.prompt={source}", f"out={out}"]
+    done = run(*asked, "decoding=greedy")
     assert done.returncode == 0, done.stderr
     restored = restore(plan("job=generate", f"ckpt={run_dir}", "trainer=cpu"), 1)
     tokenizer = restored.tokenizer
@@ -75,6 +75,17 @@ def test_generation_reads_a_source_as_training_did(tmp_path: Path) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=200)
     (expected,) = generate(restored.task.model, [prompt], sampling, tokenizer.eos_id, tokenizer.vocab_size)
     assert json.loads(out.read_text())["text"] == tokenizer.decode(expected, skip_special=True)
+
+    done = run(*asked, "decoding=beam", "job.samples=3")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    beam = Beam(beams=4, max_new_tokens=200)
+    (best,) = beam_search(restored.task.model.eval(), [prompt], beam, tokenizer.eos_id, tokenizer.vocab_size)
+    assert [row["text"] for row in rows] == [tokenizer.decode(t, skip_special=True) for _, t in best[:3]]
+    assert [row["score"] for row in rows] == pytest.approx([score for score, _ in best[:3]])
+    done = run(*asked, "decoding=beam", "job.samples=5")
+    assert done.returncode == 2
+    assert "set decoding.beams=5" in done.stderr
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
