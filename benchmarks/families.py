@@ -3,7 +3,7 @@
     python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2] [--speed-only]
 
 lmexp trains for so many minutes; then Transformers' model, of as many parameters, for as many steps on as many tokens
-each, with AdamW at the best of three rates (pilots of a tenth of the steps), linear decay and warm-up. Causal and
+each, with AdamW at the best of three rates (pilots of a twentieth of the steps), linear decay and warm-up. Causal and
 masked LM use the library's own collator, spans and denoising ours on both sides. No dropout on either side. Both are
 validated on the same batches: the whole validation split, with the same noise. Speed is compared by turns of
 a few seconds, one side stopped while the other runs, as that of a machine drifts.
@@ -184,7 +184,7 @@ def side(family: str, steps: int, cache: Path, ticks: str | None) -> dict[str, f
     if ticks is not None:
         trained(RATES[0], steps)
         return {}
-    pilots = {rate: validated(trained(rate, max(50, steps // 10))) for rate in RATES}
+    pilots = {rate: validated(trained(rate, max(50, steps // 20))) for rate in RATES}
     best = min(pilots, key=lambda rate: pilots[rate])
     model = trained(best, steps)
     return {"loss": validated(model), "rate": best, "parameters": sum(p.numel() for p in model.parameters())}

@@ -74,7 +74,7 @@ class Ticks(Callback):
 
 
 def in_turn(
-    commands: Sequence[Sequence[str]], files: Sequence[Path], windows: int = 16, seconds: float = 3, warm: int = 12
+    commands: Sequence[Sequence[str]], files: Sequence[Path], windows: int = 12, seconds: float = 3, warm: int = 12
 ) -> tuple[list[float], list[float], list[float]]:
     """Two processes that write `Ticks` run by turns, a few seconds each, while the other is stopped, so that both meet
     the same machine however it drifts.

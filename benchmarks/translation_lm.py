@@ -2,10 +2,11 @@
 
     python benchmarks/translation_lm.py --data MULTI30K [--steps 2000]
 
-MULTI30K holds train.en, train.de, val.en and val.de, sentences line by line. Two runs of the same encoder, tokenizer,
-batches of samples and steps: masked and translation LM (`use=both`) and masked LM alone (`use=languages`). Both hide
-40 % of the tokens: with the 15 % of XLM, what is left of a short sentence tells most of what is hidden, and so few
-steps do not teach to look beside it. A tested sentence has 15 % of its words hidden.
+MULTI30K holds train.en, train.de, val.en and val.de, sentences line by line. Runs of the same encoder, tokenizer,
+samples in a batch and steps: translation LM (`use=pairs`), masked LM alone (`use=languages`), and both by turns, a
+third of the samples being pairs. All hide 40 % of the tokens: with the 15 % of XLM, what is left of a short sentence
+tells most of what is hidden, and so few steps do not teach to look beside it. A tested sentence has 15 % of its words
+hidden.
 
 1. Accuracy on hidden words of German validation sentences beside the English sentence, and beside another one.
 2. How often the nearest German sentence, by the cosine of mean hidden states, is the translation of the English one.
@@ -29,6 +30,7 @@ from lmexp.job.restore import restore
 from lmexp.objective.noise import generator, word_edges
 
 LANGUAGES = ("en", "de")
+USES = {"pairs": "translation LM", "both": "masked and translation LM", "languages": "masked LM alone"}
 
 
 def load(run: Path) -> tuple[Any, Any]:
@@ -97,8 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train.en, train.de, val.en, val.de")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each run")
+    parser.add_argument("--use", nargs="+", choices=list(USES), default=list(USES), help="which of the runs")
     parser.add_argument("--runs", type=Path, help="keep the runs here, and go on from them")
-    parser.add_argument("overrides", nargs="*", help="further overrides for both runs")
+    parser.add_argument("overrides", nargs="*", help="further overrides for all runs")
     options = parser.parse_args()
     data = options.data.resolve()
     files = {
@@ -113,7 +116,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.runs.resolve() if options.runs else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        for title, use in (("masked and translation LM", "both"), ("masked LM alone", "languages")):
+        for use in options.use:
+            title = USES[use]
             run = folder / use
             common = ["experiment=pretrain_xlm", "data=parallel_files", "data.corpus.languages=[en,de]", *corpus]
             common += [f"data.corpus.use={use}", f"paths.cache_dir={folder / 'cache'}", "trainer=cpu", "resume=auto"]
@@ -138,7 +142,7 @@ def main() -> None:
     print(head("Translation language modelling on Multi30k, English and German"))
     columns = ("trained with", "seconds", "tokens read", "hidden German words told beside the English sentence")
     print(table((*columns, "beside another", "ratio", "German sentence found by its English one"), rows))
-    print(f"\n{options.steps} steps of both; {n_words} hidden words in {len(german)} sentences.")
+    print(f"\n{options.steps} steps of each; {n_words} hidden words in {len(german)} sentences.")
 
 
 if __name__ == "__main__":
