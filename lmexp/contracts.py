@@ -139,8 +139,11 @@ class Objective(Protocol):
         """How many consecutive tokens of the stream a sample of `block_size` inputs needs."""
         ...
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
-        """The function from samples to batches, for a tokenizer that has the roles and a family that it trains."""
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
+        """The function from samples to batches, for a tokenizer that has the roles and a family that it trains.
+
+        `start_id`: the token that an encoder-decoder's decoder begins with; None: the tokenizer's padding.
+        """
         ...
 
 

@@ -41,7 +41,8 @@ class Answers(RunCallback):
     data: Any
     sampling: Sampling
     split = "test"
-    """What `trainer.test` decodes; the job sets it, as the two above."""
+    most: int | None = None
+    """What `trainer.test` decodes, and how many pairs of each part of it; the job sets them, as the two above."""
 
     def __init__(self, examples: int | None, batch_size: int, shown: int, bootstrap: int) -> None:
         for name, value, least in (
@@ -52,6 +53,8 @@ class Answers(RunCallback):
         ):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"callback.answers.{name}={value}; expected a whole number of at least {least}.")
+        if bootstrap == 1:
+            raise UserError("callback.answers.bootstrap=1; one resample has no interval: expected 0, or some hundreds.")
         self.examples = examples
         self.batch_size = batch_size
         self.shown = shown
@@ -72,7 +75,7 @@ class Answers(RunCallback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """While the devices are still connected."""
-        self._measure(trainer, pl_module, self.split, None, self.bootstrap)
+        self._measure(trainer, pl_module, self.split, self.most, self.bootstrap)
 
     def _measure(self, trainer: Trainer, task: LightningModule, split: str, most: int | None, bootstrap: int) -> None:
         with trainer.precision_plugin.forward_context():
@@ -93,8 +96,10 @@ class Answers(RunCallback):
             data.objective.prompt(sample.tokens, tokenizer, data.family, data.block_size).tolist()
             for _, sample in pairs
         ]
-        most_new = data.objective.lengths(data.block_size, data.family)[1]
-        sampling = dataclasses.replace(self.sampling, max_new_tokens=min(most_new, self.sampling.max_new_tokens))
+        most_new: int = data.objective.lengths(data.block_size, data.family)[1]
+        most_new = min(most_new, self.sampling.max_new_tokens)
+        least = min(most_new, self.sampling.min_new_tokens)
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=most_new, min_new_tokens=least)
         order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))  # equally long ones need no padding
         answers = []
         # eager: each new token is another shape, which a compiled model would be compiled for
@@ -105,7 +110,9 @@ class Answers(RunCallback):
                 for number, row in zip(numbers, rows, strict=True):
                     place, sample = pairs[number]
                     source, reference = data.original(split, sample)
-                    answers.append(Answer(place, source, reference, tokenizer.decode(row, skip_special=True).strip()))
+                    answers.append(
+                        Answer(place, source, reference.strip(), tokenizer.decode(row, skip_special=True).strip())
+                    )
         return answers
 
     def ranked(self) -> list[tuple[float, Answer]]:

@@ -54,7 +54,8 @@ class Samples(RunCallback):
 
     def _continued(self, trainer: Trainer, model: nn.Module) -> list[str]:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        sampling = dataclasses.replace(self.sampling, max_new_tokens=self.max_new_tokens)
+        least = min(self.sampling.min_new_tokens, self.max_new_tokens)
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=self.max_new_tokens, min_new_tokens=least)
         prompts = [[tokenizer.eos_id, *(int(i) for i in ids)] for ids in tokenizer.encode(self.prompts)]
         rows = generate(model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size)
         return [

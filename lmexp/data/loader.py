@@ -32,12 +32,15 @@ class Recipe:
     seed: int
     """Of the objective's noise."""
 
+    start_id: int | None = None
+    """The token that an encoder-decoder's decoder begins with; None: the tokenizer's padding."""
+
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         return self._collate(samples, self.block_size, self.seed)
 
     @cached_property
     def _collate(self) -> Collate:
-        return self.objective.collate(self.tokenizer, self.family)
+        return self.objective.collate(self.tokenizer, self.family, self.start_id)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_collate"}

@@ -74,12 +74,14 @@ class TextData(LightningDataModule):
         seed: int,
         max_samples: int | None = None,
         family: Family = "decoder",
+        start_id: int | None = None,
     ) -> TextData:
         """Set what the run decides; returns itself.
 
         A `Tokenizer` is used as it is (that of a checkpoint), a config is trained or loaded; both get the special
         tokens of the objective. `batch_size` is global, in samples. With `max_samples` training repeats its first so
-        many samples, to overfit on purpose. `family` is the model's.
+        many samples, to overfit on purpose. `family` is the model's, and so is `start_id`, the token
+        that its decoder begins with after an encoder; None: the tokenizer's padding.
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}; expected at least 1.")
@@ -93,6 +95,7 @@ class TextData(LightningDataModule):
         self.seed = seed
         self.max_samples = max_samples
         self.family = family
+        self.start_id = start_id
         self.sample_length = objective.sample_length(self.block_size)
         return self
 
@@ -275,7 +278,7 @@ class TextData(LightningDataModule):
         return torch.cuda.is_available()
 
     def _recipe(self, seed: int) -> Recipe:
-        return Recipe(self.objective, self.tokenizer, self.family, self.block_size, seed)
+        return Recipe(self.objective, self.tokenizer, self.family, self.block_size, seed, self.start_id)
 
     def _tokens(self, split: str, part: int = 0, side: int = 0) -> TokenFile:
         if not self._caches:

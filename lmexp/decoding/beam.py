@@ -37,9 +37,11 @@ class Beam:
     null: they may."""
 
     def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise UserError(f"decoding.beams={self.beams}; expected at least 1.")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.beams, int) or self.beams < 1:
+            raise UserError(f"decoding.beams={self.beams}; expected a whole number of at least 1.")
+        if not isinstance(self.length_penalty, (int, float)):
+            raise UserError(f"decoding.length_penalty={self.length_penalty}; expected a number.")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise UserError(f"decoding.early_stopping={self.early_stopping}; expected true, false or never.")
         check_lengths(self.max_new_tokens, self.min_new_tokens, self.no_repeat_ngram)
 
@@ -59,7 +61,7 @@ def beam_search(
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     texts: list[list[list[int]]] = [[[]] for _ in prompts]  # of each active row, one before the first token
-    scores = torch.zeros(len(prompts), 1)  # log p of each
+    scores = torch.zeros(len(prompts), 1, dtype=torch.float32)  # log p of each; the default dtype may be half
     for written in range(steps.most):
         log_p = steps.logits()[:, :vocab_size].float().log_softmax(-1)
         device = log_p.device
@@ -95,7 +97,7 @@ def beam_search(
             tokens += [token for _, _, token in running]
         if not going_on:
             break
-        active, texts, scores = going_on, next_texts, torch.tensor(next_scores)
+        active, texts, scores = going_on, next_texts, torch.tensor(next_scores, dtype=torch.float32)
         steps.select(torch.tensor(sources, device=device))
         steps.append(torch.tensor(tokens, device=device))
     return finished

@@ -146,8 +146,8 @@ class Constraints:
 
     def __call__(self, scores: Tensor, texts: Sequence[Sequence[int]], written: int, eos_id: int | None) -> Tensor:
         """`scores` (rows, V) with minus infinity where a token is forbidden after `texts`, of which `written` tokens
-        are new."""
-        scores = scores.clone()
+        are new. Where all are forbidden, none is."""
+        free, scores = scores, scores.clone()
         if eos_id is not None and written < self.min_new_tokens:
             scores[:, eos_id] = -torch.inf
         if self.no_repeat_ngram is not None:
@@ -155,7 +155,7 @@ class Constraints:
                 banned = completions(text, self.no_repeat_ngram)
                 if banned:
                     scores[row, banned] = -torch.inf
-        return scores
+        return torch.where((scores == -torch.inf).all(-1, keepdim=True), free, scores)
 
 
 def completions(text: Sequence[int], n: int) -> list[int]:
@@ -168,6 +168,9 @@ def completions(text: Sequence[int], n: int) -> list[int]:
 
 def check_lengths(max_new_tokens: int, min_new_tokens: int, no_repeat_ngram: int | None) -> None:
     """Raise `UserError` for lengths that are none."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("min_new_tokens", min_new_tokens)):
+        if not isinstance(value, int):
+            raise UserError(f"decoding.{name}={value}; expected a whole number.")
     if max_new_tokens < 1:
         raise UserError(f"decoding.max_new_tokens={max_new_tokens}; expected at least 1.")
     if not 0 <= min_new_tokens <= max_new_tokens:
@@ -175,5 +178,5 @@ def check_lengths(max_new_tokens: int, min_new_tokens: int, no_repeat_ngram: int
             f"decoding.min_new_tokens={min_new_tokens}; expected at least 0 and at most max_new_tokens="
             f"{max_new_tokens}."
         )
-    if no_repeat_ngram is not None and no_repeat_ngram < 1:
+    if no_repeat_ngram is not None and (not isinstance(no_repeat_ngram, int) or no_repeat_ngram < 1):
         raise UserError(f"decoding.no_repeat_ngram={no_repeat_ngram}; expected at least 1, or null.")

@@ -13,7 +13,10 @@ from omegaconf import DictConfig
 
 from lmexp.contracts import UserError
 from lmexp.data.parted import is_parted
+from lmexp.decoding.generate import Sampling
 from lmexp.job.build import Parts, accelerator_of, build_node, build_task, precision_of
+from lmexp.model.auto import AutoModelSettings
+from lmexp.objective.text_to_text import TextToText
 from lmexp.objective.translation_lm import TranslationLM
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -61,7 +64,7 @@ def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
     collect(lambda: check_objective(cfg, made))
     if None not in (made["metric"], made["objective"], made["data"]):
         made["metric"].bind(made["objective"].bits, collect(lambda: made["data"].part_names) or ())
-    callbacks = _callbacks(cfg, made["metric"], errors, collect) if training else []
+    callbacks = _callbacks(cfg, made, errors, collect) if training else []
     if training and made["data"] is not None and "validation" not in made["data"].corpus.splits:
         errors.append(
             "data: its corpus has no validation split; name one, data.corpus.validation=SPLIT_OR_FILE, or give part of "
@@ -102,9 +105,24 @@ TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "m
 """Every key of `trainer` that something reads."""
 
 
+def check_answers(objective: Any, sampling: Any) -> None:
+    """Raise `UserError` unless what is written for sources can be scored."""
+    if not isinstance(objective, TextToText):
+        raise UserError(
+            f"callback.answers decodes the sources of pairs, and objective {type(objective).__name__} has none; choose "
+            "callback=default, or objective=text_to_text."
+        )
+    if isinstance(sampling, Sampling) and sampling.temperature > 0:
+        raise UserError(
+            f"callback.answers scores what is written, and decoding.temperature={sampling.temperature} draws it by "
+            "lot; choose decoding=greedy or decoding=beam."
+        )
+
+
 def _callbacks(
-    cfg: DictConfig, metric: Any, errors: list[str], collect: Callable[[Callable[[], Any]], Any]
+    cfg: DictConfig, made_parts: dict[str, Any], errors: list[str], collect: Callable[[Callable[[], Any]], Any]
 ) -> list[Any]:
+    metric, objective, sampling = (made_parts[key] for key in ("metric", "objective", "decoding"))
     for needed in ("tracking", "checkpoint"):
         if cfg.callback.get(needed) is None:
             errors.append(
@@ -114,6 +132,8 @@ def _callbacks(
     made = {name: collect(partial(build_node, cfg, f"callback.{name}")) for name in names}
     checkpoint = made.pop("checkpoint", None)
     measured = [f"val/{name}" for c in (metric, *made.values()) for name in getattr(c, "names", ())]
+    if "answers" in made and None not in (objective, sampling):
+        collect(lambda: check_answers(objective, sampling))
     if checkpoint is not None and measured and checkpoint.monitor not in measured:
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
     used = [c for c in made.values() if not getattr(c, "idle", False)]  # each one costs every step something
@@ -133,6 +153,13 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
         )
     if data is None:
         return
+    if isinstance(objective, TextToText):
+        objective.lengths(data.block_size, model.family)
+        if isinstance(model, AutoModelSettings):
+            raise UserError(
+                f"model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model "
+                "of lmexp, with init_from=FOLDER for its weights."
+            )
     if data.document_mask and not objective.reads_documents:
         raise UserError(
             f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
@@ -143,9 +170,10 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
         return
     pairs = [part.name for part in data.parts if len(part.languages) > 1]
     if pairs and not objective.reads_pairs:
+        fitting = "translation_lm" if model.family == "encoder" else "text_to_text"
         raise UserError(
             f"objective {name} reads single texts, and the corpus has pairs ({', '.join(pairs[:3])}); set "
-            "objective=translation_lm, or give the corpus no pairs."
+            f"objective={fitting}, or give the corpus no pairs."
         )
     single = [part.name for part in data.parts if len(part.languages) == 1]
     if single and not objective.reads_texts:

@@ -59,7 +59,7 @@ def evaluate(plan: Plan) -> float:
     if restored.cfg.callback.get("answers") is not None:
         answers = build_node(restored.cfg, "callback.answers")
         answers.data, answers.sampling = data, restored.parts.sampling
-    measured = measured_on(restored.cfg, data, restored.task, answers, job.split, job.max_blocks)
+    measured = measured_on(restored.cfg, data, restored.task, answers, job.split, job.max_blocks, world_size)
     values: dict[str, Any] = {f"{job.split}/{name}": value for name, value in measured.items() if name != "tokens"}
     values |= {"tokens": measured["tokens"], "steps": restored.step}
     if rank == 0:
@@ -69,7 +69,7 @@ def evaluate(plan: Plan) -> float:
         for name, value in values.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
         terminal.print(table)
-        if answers is not None:
+        if answers is not None and answers.shown:
             terminal.print(answers.table())
         if plan.config.out is not None:
             write_json(Path(plan.config.out), values)

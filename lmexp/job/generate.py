@@ -51,7 +51,12 @@ def generate(plan: Plan) -> None:
         )
     rows: list[dict[str, Any]] = [{"prompt": p, "sample": s} for p in prompts for s in range(job.samples)]
     for first in range(0, len(rows), job.batch_size):
-        _continue(restored, rows[first : first + job.batch_size], first, stream=len(rows) == 1)
+        _continue(
+            restored,
+            rows[first : first + job.batch_size],
+            first,
+            stream=len(rows) == 1 and not isinstance(sampling, Beam),
+        )
     if plan.config.out is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(Path(plan.config.out), lines)
@@ -109,9 +114,9 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
     # eager: each new token is another shape, which a compiled model would be compiled for
     with context, torch.compiler.set_stance("force_eager"):
         ends = tokenizer.eos_id, tokenizer.vocab_size
-        if isinstance(sampling, Beam) and not stream:
+        if isinstance(sampling, Beam):
             model.eval()
-            done = _best(lambda kinds: beam_search(model, kinds, sampling, *ends), prompts, rows)
+            done = list(_best(lambda kinds: beam_search(model, kinds, sampling, *ends), prompts, rows))
         else:
             done = decode(model, prompts, sampling, *ends, show if stream else None, first)
     for row, tokens in zip(rows, done, strict=True):

@@ -410,10 +410,12 @@ def _written(
 
 def sampling_of(plan: Plan, sampling: Sampling) -> Sampling:
     """Greedy, unless the command line says how to draw."""
-    drawing = {"decoding", "decoding.temperature", "decoding.top_k", "decoding.top_p"}
+    drawing = {"decoding", "decoding.temperature", "decoding.top_k", "decoding.top_p", "decoding.min_p"}
     if any(override.partition("=")[0] in drawing for override in plan.overrides):
         return sampling
-    return replace(sampling, temperature=0.0, top_k=None, top_p=None)
+    if not isinstance(sampling, Sampling):
+        return Sampling(temperature=0.0, max_new_tokens=sampling.max_new_tokens)
+    return replace(sampling, temperature=0.0, top_k=None, top_p=None, min_p=None)
 
 
 # ---- measures

@@ -83,14 +83,17 @@ def _limit_threads(plan: Plan) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library of Linux keep what is freed, up to 2 GiB, for the next step, which needs as much.
+    """Let the C library of Linux keep what is freed for the next step, which needs as much.
 
     By default it gives large blocks back to the kernel, which clears each page anew when it is touched: a tenth of the
-    time of a small model's step. Other C libraries are left alone.
+    time of a small model's step. Blocks above 32 MiB are still given back. Other C libraries, and one that the
+    environment has settings for, are left alone.
     """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # what is larger is still returned
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -78,15 +78,18 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
             raise UserError(
                 f"The checkpoint's configuration names {target}, which is no part of lmexp, and is not called."
             )
-    for key in _ASKED:
-        cfg[key] = plan.config[key]
     overrides = {o.lstrip("+~").partition("=")[0]: o for o in plan.overrides}
+    for key in _ASKED:
+        if key != "decoding" or "decoding" in overrides:
+            cfg[key] = plan.config[key]
+    if "decoding" not in overrides and "seed" in overrides and "seed" in cfg.decoding:
+        cfg.decoding.seed = plan.config.seed
     for key, override in overrides.items():
         top = key.split(".")[0]
         if key == "data":
             kept = {name: saved["data"][name] for name in _KEPT if f"data.{name}" not in overrides}
             cfg.data = OmegaConf.merge(plan.config.data, kept)
-        elif top == "data":
+        elif top == "data" or (top == "decoding" and key != top):
             OmegaConf.update(cfg, key, OmegaConf.select(plan.config, key))
         elif key == "paths.cache_dir" and "data" not in overrides:
             cfg.data.cache_dir = plan.config.paths.cache_dir

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
@@ -43,6 +44,7 @@ MAY_CHANGE = (
     *("trainer", "max_steps", "max_time", "resume", "paths", "log_every", "logger", "job", "ckpt", "out"),
     *("format", "init_from"),
     *("data.num_workers", "data.prefetch", "data.cache_dir", "callback.progress", "callback.samples", "decoding"),
+    *("callback.answers.batch_size", "callback.answers.shown", "callback.answers.bootstrap"),
     *("callback.checkpoint.every_steps", "callback.checkpoint.every_minutes", "callback.checkpoint.keep"),
     "data.corpus",  # where it lies; whether it is the same text is seen by its content
 )
@@ -117,7 +119,7 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
             files.link_last_and_best(directory.checkpoints, entry["step"], entry["best"]["step"])
             events.end_hparams(logger.experiment)
             logger.finalize("success")
-        _test(cfg, parts, data, task, session)
+        _test(cfg, parts, data, task, session, world_size)
         return _finish(cfg, session, rank)
 
     trainer = build_trainer(cfg, world_size, parts.callbacks, checkpoint_files, logger)
@@ -126,36 +128,44 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
         terminal.print(f"Going on from {path.name}, after step {session.steps_before}.")
     gc.freeze()  # what is there by now stays; looking through it again and again would cost steps their time
     trainer.fit(task, datamodule=data, ckpt_path=None if path is None else str(path), weights_only=True)
-    _test(cfg, parts, data, task, session)
     for callback in parts.callbacks:
         if isinstance(callback, Samples) and callback.latest:
             terminal.print(f"\n[bold]A sample[/bold]\n{escape(callback.latest[0])}\n")
     session.metrics["seconds"] = session.seconds
     session.metrics["steps"] = trainer.global_step
+    _test(cfg, parts, data, task, session, world_size)
     return _finish(cfg, session, rank)
 
 
-def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session) -> None:
+def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session, world_size: int) -> None:
     """Score the test split of a task, if there is one, once, with the best checkpoint."""
     answers = next((callback for callback in parts.callbacks if isinstance(callback, Answers)), None)
     if answers is None or "test" not in data.corpus.splits:
         return
+    if dist.is_initialized():
+        dist.barrier()  # the first process links the checkpoints after the others have done their part
     path = files.resolve(str(session.directory.path))
     load_weights(task, files.load(path), str(path))
-    measured = measured_on(cfg, data, task, answers, "test")
+    measured = measured_on(cfg, data, task, answers, "test", None, world_size)
     session.metrics |= {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
-    session.terminal.print(answers.table())
+    if answers.shown:
+        session.terminal.print(answers.table())
 
 
 def measured_on(
-    cfg: DictConfig, data: TextData, task: Any, answers: Answers | None, split: str, max_blocks: int | None = None
+    cfg: DictConfig,
+    data: TextData,
+    task: Any,
+    answers: Answers | None,
+    split: str,
+    max_blocks: int | None,
+    world_size: int,
 ) -> dict[str, float]:
     """What a task measures over a split, `tokens` scored among it, and with `answers` the scores of what it writes."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = build_trainer(cfg, world_size, [] if answers is None else [answers], CheckpointFiles())
     data.trainer = trainer  # the loader shares the split out among its ranks
     if answers is not None:
-        answers.split = split
+        answers.split, answers.most = split, max_blocks
     trainer.test(task, data.loader(split, max_blocks), verbose=False)
     measured: dict[str, float] = task.measured
     return measured | ({} if answers is None else answers.measured)
@@ -183,6 +193,7 @@ def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: A
         cfg.seed,
         cfg.max_samples,
         parts.model.family,
+        getattr(parts.model, "decoder_start_id", None),
     )
     data.prepare(terminal.console)
     parts.metric.bind(parts.objective.bits, data.part_names, torch.from_numpy(data.tokenizer.token_bytes))
@@ -196,17 +207,19 @@ def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: A
 def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
     """Raise `UserError` if a resumed run would compute something else than it did before."""
     old, new = _flat(before), _flat(OmegaConf.to_container(cfg))
+    scored = cfg.callback.get("answers") is not None  # then decoding decides what is best
+    may_change = [free for free in MAY_CHANGE if not (scored and free == "decoding")]
     changed = [
         f"{key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     ]
     if changed:
         raise UserError(
             "resume=auto would go on with another computation than the run began:\n  "
             + "\n  ".join(changed)
             + "\nSet these as they were, or start a new run in another paths.run_dir. What may change: "
-            + ", ".join(MAY_CHANGE)
+            + ", ".join(may_change)
             + "."
         )
 

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype:
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
             return unit_rms(x, self.eps) * self.weight
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
@@ -237,7 +237,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     """
     for record in _recording:
         record.append(_attention_weights(q, k, seen, scale))
-    if dropout == 0 and _short_on_cpu(q, k):
+    if dropout == 0 and _short_on_cpu(q, k, v):
         mixed = _ShortAttention.apply(q, k, v, seen.mask, seen.causal, q.shape[-1] ** -0.5 if scale is None else scale)
         assert isinstance(mixed, Tensor)
         return mixed.transpose(1, 2).flatten(2)
@@ -254,13 +254,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     return out.transpose(1, 2).flatten(2)
 
 
-def _short_on_cpu(q: Tensor, k: Tensor) -> bool:
+def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the weights of attention are few enough for a CPU that holding them costs less than making them twice."""
     return (
         q.device.type == "cpu"
         and torch.is_grad_enabled()
         and q.shape[1] == k.shape[1]
-        and q.dtype == k.dtype == torch.float32
+        and q.dtype == k.dtype == v.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and 1 < q.shape[2] <= k.shape[2] <= 128
         and not torch.compiler.is_compiling()
     )
@@ -300,7 +301,7 @@ class _ShortAttention(torch.autograd.Function):
         d_scores = torch._softmax_backward_data(torch.bmm(d, v.mT), weights, -1, weights.dtype)
         d_mask = d_scores.unflatten(0, ctx.heads).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
         if ctx.scale != 1:
-            d_scores *= ctx.scale
+            d_scores = d_scores * ctx.scale  # d_mask may be a view of it
         d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)
         return *(x.unflatten(0, ctx.heads) for x in (d_q, d_k, d_v)), d_mask, None, None
 

@@ -55,7 +55,7 @@ class CausalLM:
         that rearranging adds."""
         return block_size + 1 - len(self.special_tokens)
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
         return _Rearranging(self, tokenizer) if self.fim_rate else _stacked
 
 

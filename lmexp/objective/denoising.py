@@ -64,16 +64,16 @@ class Denoising:
         drawn[last] -= total[last] - budget
         return drawn[: last + 1]
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
-        return _Collate(self, tokenizer)
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
+        return _Collate(self, tokenizer, start_id)
 
 
 class _Collate:
-    def __init__(self, settings: Denoising, tokenizer: Any) -> None:
+    def __init__(self, settings: Denoising, tokenizer: Any, start_id: int | None) -> None:
         self.settings = settings
         self.mask_id = tokenizer.roles["mask"]
         self.eos = np.array([tokenizer.eos_id])
-        self.start_id = tokenizer.pad_id
+        self.start_id = tokenizer.pad_id if start_id is None else start_id
         self.special = np.asarray(tokenizer.token_bytes) == 0
         self.ends = sentence_ends(tokenizer)
 

@@ -60,7 +60,7 @@ class MaskedLM:
         """One less than the block where the `cls` token has its place."""
         return block_size - self.cls
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
         return _Collate(self, Masker(self, tokenizer))
 
     def most_scored(self, length: int) -> int:

@@ -35,8 +35,10 @@ class PrefixLM:
         """One more than the block: the last label."""
         return block_size + 1
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
-        return _Decoder(tokenizer) if family == "decoder" else _EncoderDecoder(tokenizer.pad_id)
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
+        if family == "decoder":
+            return _Decoder(tokenizer)
+        return _EncoderDecoder(tokenizer.pad_id if start_id is None else start_id)
 
 
 def split_at(sample: Sample, seed: int) -> int:

@@ -84,16 +84,16 @@ class SpanCorruption:
         lengths[::2] = composition(length - tokens, spans, rng)
         return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
-        return _Collate(self, tokenizer)
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
+        return _Collate(self, tokenizer, start_id)
 
 
 class _Collate:
-    def __init__(self, settings: SpanCorruption, tokenizer: Any) -> None:
+    def __init__(self, settings: SpanCorruption, tokenizer: Any, start_id: int | None) -> None:
         self.settings = settings
         self.sentinels = np.array([tokenizer.roles[f"sentinel_{i}"] for i in range(settings.sentinels)])
         self.eos = np.array([tokenizer.eos_id])
-        self.start_id = tokenizer.pad_id  # as T5's decoder begins
+        self.start_id = tokenizer.pad_id if start_id is None else start_id
 
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
         pairs = [self.corrupted(sample, seed) for sample in samples]

@@ -50,7 +50,7 @@ class TextToText:
         source = self.max_source or (block_size // 2 if decoder else block_size)
         target = self.max_target or (block_size - source if decoder else block_size)
         needed = source + target if decoder else max(source, target)
-        if needed > block_size or min(source, target) < 2:
+        if needed > block_size or target < 2 or source < (3 if decoder else 2):  # its marks and a token
             raise UserError(
                 f"data.block_size={block_size} has no room for objective.max_source={source} and max_target={target} "
                 f"tokens{' beside one another' if decoder else ''}; set data.block_size={max(needed, 4)}."
@@ -64,21 +64,22 @@ class TextToText:
             return np.concatenate(([tokenizer.eos_id], source[: most - 2], [tokenizer.roles["sep"]]))
         return np.append(source[: most - 1], tokenizer.eos_id)
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
-        return _Collate(self, tokenizer, family)
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
+        return _Collate(self, tokenizer, family, tokenizer.pad_id if start_id is None else start_id)
 
 
 class _Collate:
-    def __init__(self, settings: TextToText, tokenizer: Any, family: Family) -> None:
+    def __init__(self, settings: TextToText, tokenizer: Any, family: Family, start_id: int) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.family = family
+        self.start_id = start_id
 
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
         pairs = [self._pair(sample, block_size) for sample in samples if sample.pair is not None]
         if self.family == "encoder_decoder":
             rows = first_fit([(len(pair.source), len(pair.target)) for pair in pairs], block_size)
-            return paired_batch([[pairs[i] for i in row] for row in rows], block_size, self.tokenizer.pad_id)
+            return paired_batch([[pairs[i] for i in row] for row in rows], block_size, self.start_id)
         pieces = [_piece(pair) for pair in pairs]
         rows = first_fit([len(piece.tokens) for piece in pieces], block_size)
         return masked_batch([[pieces[i] for i in row] for row in rows], block_size, block_size)

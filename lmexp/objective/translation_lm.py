@@ -44,7 +44,7 @@ class TranslationLM(MaskedLM):
         """One less than the block: the `cls` token has a place."""
         return block_size - 1
 
-    def collate(self, tokenizer: Any, family: Family) -> Collate:
+    def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
         return _Collate(self, Masker(self, tokenizer), tokenizer.roles["sep"])
 
 

@@ -11,7 +11,7 @@ import torch
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam, beam_search
 from lmexp.decoding.generate import Sampling, generate
-from lmexp.decoding.steps import completions
+from lmexp.decoding.steps import Constraints, completions
 from lmexp.huggingface.bart import Bart
 from lmexp.huggingface.gpt2 import GPT2
 from lmexp.huggingface.t5 import T5
@@ -175,10 +175,20 @@ def test_completions_of_repeated_pieces() -> None:
     assert completions([1], 2) == []
 
 
+def test_where_everything_is_forbidden_nothing_is() -> None:
+    scores = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    kept = Constraints(0, 1)(scores, [[0, 1, 2], [0]], 1, None)
+    assert kept[0].tolist() == scores[0].tolist()
+    assert kept[1, 0] == -torch.inf
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"beams": 0}, "decoding.beams=0; expected at least 1"),
+        ({"beams": 2.5}, "decoding.beams=2.5; expected a whole number"),
+        ({"early_stopping": 1}, "early_stopping=1; expected true, false or never"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens=1.5; expected a whole number"),
+        ({"beams": 0}, "decoding.beams=0; expected a whole number of at least 1"),
         ({"early_stopping": "soon"}, "early_stopping=soon; expected true, false or never"),
         ({"min_new_tokens": 300}, "min_new_tokens=300; expected at least 0 and at most"),
         ({"no_repeat_ngram": 0}, "no_repeat_ngram=0; expected at least 1"),

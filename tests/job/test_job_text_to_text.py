@@ -45,7 +45,7 @@ def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
     # the same from the checkpoint, on one process and on two
     for name, more in (("one", []), ("two", ["trainer=ddp_sim"])):
         out = tmp_path / f"{name}.json"
-        asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", f"out={out}", "decoding=greedy", *more]
+        asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", f"out={out}", *more]
         if more:
             done = run(*asked)
             assert done.returncode == 0, done.stderr
@@ -54,6 +54,13 @@ def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
         measured = json.loads(out.read_text())
         for key in ("test/bleu", "test/chrf", "test/exact_match", "test/length_ratio", "test/loss"):
             assert measured[key] == pytest.approx(metrics[key], rel=1e-6), key
+
+    # two processes train and score as one does
+    done = run(*args, "trainer=ddp_sim", f"paths.run_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    for key in ("test/bleu", "test/chrf", "test/exact_match", "test/loss", "val/bleu"):
+        assert two[key] == pytest.approx(metrics[key], rel=1e-5), key
 
     # going on with a finished run scores it again, to the same numbers
     (run_dir / "metrics.json").unlink()
@@ -99,6 +106,18 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     plain = [o for o in arguments(tmp_path) if not o.startswith("callback")]
     with pytest.raises(UserError, match=r"monitor=val/bleu; expected one of val/loss"):
         train(plan(*plain, "callback.checkpoint.monitor=val/bleu", where))
+    for overrides, said in (
+        (["decoding=sample"], r"decoding.temperature=0.8 draws it by lot; choose decoding=greedy"),
+        (["objective=span_corruption"], r"SpanCorruption reads single texts.*objective=text_to_text"),
+        (["objective.max_source=200"], r"block_size=112 has no room for objective.max_source=200"),
+        (["callback.answers.bootstrap=1"], r"bootstrap=1; one resample has no interval"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(plan(*arguments(tmp_path), *overrides, where))
+    with pytest.raises(
+        UserError, match=r"decodes the sources of pairs, and objective CausalLM has none"
+    ):
+        train(plan(*TINY, corpus(tmp_path), "model=gpt", "callback=text_to_text", "decoding=greedy", where))
     with pytest.raises(UserError, match=r"callback.answers.examples=0; expected a whole number of at least 1"):
         train(plan(*arguments(tmp_path), "callback.answers.examples=0", where))
     assert not (tmp_path / "run").exists()

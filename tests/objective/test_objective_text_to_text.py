@@ -85,6 +85,15 @@ def test_long_texts_are_cut() -> None:
     assert TextToText().lengths(BLOCK, "encoder_decoder") == (BLOCK, BLOCK)
 
 
+def test_the_decoder_begins_with_the_models_token() -> None:
+    tokens = tokenizer()
+    samples = [sample(tokens, i, *p) for i, p in enumerate(PAIRS)]
+    inputs = TextToText().collate(tokens, "encoder_decoder", 7)(samples, BLOCK, 0)["inputs"]
+    starts = (inputs["decoder_documents"] >= 0) & (inputs["decoder_positions"] == 0)
+    assert starts.sum() == len(PAIRS)
+    assert (inputs["decoder_tokens"][starts] == 7).all()
+
+
 def test_lengths_without_room_are_told() -> None:
     with pytest.raises(UserError, match="max_source=1; expected at least 2"):
         TextToText(max_source=1)
