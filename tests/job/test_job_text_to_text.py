@@ -114,9 +114,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             train(plan(*arguments(tmp_path), *overrides, where))
-    with pytest.raises(
-        UserError, match=r"decodes the sources of pairs, and objective CausalLM has none"
-    ):
+    with pytest.raises(UserError, match=r"decodes the sources of pairs, and objective CausalLM has none"):
         train(plan(*TINY, corpus(tmp_path), "model=gpt", "callback=text_to_text", "decoding=greedy", where))
     with pytest.raises(UserError, match=r"callback.answers.examples=0; expected a whole number of at least 1"):
         train(plan(*arguments(tmp_path), "callback.answers.examples=0", where))
