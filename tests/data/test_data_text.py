@@ -35,7 +35,7 @@ class Causal:
     def sample_length(self, block_size):
         return block_size + 1
 
-    def collate(self, tokenizer, family):
+    def collate(self, tokenizer, family, start_id=None):
         return self.batch
 
     def batch(self, samples, block_size, seed):
