@@ -38,7 +38,9 @@ def models() -> dict[str, tuple[Any, Any]]:
     decoder = hf.GPT2Config(
         vocab_size=VOCAB, n_positions=128, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=EOS
     )
-    both = hf.T5Config(vocab_size=VOCAB, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, decoder_start_token_id=0)
+    both = hf.T5Config(
+        vocab_size=VOCAB, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, decoder_start_token_id=0
+    )
     made = {}
     for name, their, kind, ours in (
         ("decoder", hf.GPT2LMHeadModel(decoder), GPT2(), GPTConfig),
