@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
+from lmexp.decoding.beam import Beam
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.metric.text_to_text import SCORES, scores, sentence_chrf
 
@@ -39,7 +40,7 @@ class Answers(RunCallback):
     """What is measured under val/."""
 
     data: Any
-    sampling: Sampling
+    sampling: Sampling | Beam
     split = "test"
     most: int | None = None
     """What `trainer.test` decodes, and how many pairs of each part of it; the job sets them, as the two above."""
@@ -80,11 +81,10 @@ class Answers(RunCallback):
     def _measure(self, trainer: Trainer, task: LightningModule, split: str, most: int | None, bootstrap: int) -> None:
         with trainer.precision_plugin.forward_context():
             own = self._answers(task.model, split, most)
-        shares: list[Any] = [None] * trainer.world_size
+        shares: list[Any] = [own]
         if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
             dist.all_gather_object(shares, own)
-        else:
-            shares = [own]
         self.latest = sorted(answer for share in shares for answer in share)
         outputs, references = [a.output for a in self.latest], [a.reference for a in self.latest]
         self.measured = scores(outputs, references, bootstrap)
