@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,8 +74,11 @@ class Sample:
     """Which of the corpus's languages its tokens are in."""
 
     pair: Sample | None = None
-    """The same text in another language; `tokens` and `pair.tokens` then are one whole text each, without document
-    ends."""
+    """The same text in another language, or the second text of two; `tokens` and `pair.tokens` then are one whole
+    text each, without document ends."""
+
+    label: np.ndarray | None = None
+    """Of a text that has one: its class, () int64, or, where it may have several, (classes,) int64 of 0 and 1."""
 
 
 class _Batch(TypedDict):
@@ -102,6 +105,10 @@ class Batch(_Batch, total=False):
 
     parts: Tensor
     """(B, labels' width) int64: the part of the corpus each label comes from, where there are several."""
+
+    places: Tensor
+    """(B, K) int64, of labelled texts: the place in its split of the one that a row's label k is for. `labels` then is
+    (B, K), or (B, K, classes) where a text may have several, and text k is document k of its row."""
 
 
 Collate = Callable[[Sequence[Sample], int, int], Batch]
@@ -130,8 +137,7 @@ class Objective(Protocol):
         """Whether it keeps the documents of a block apart."""
         ...
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         """Roles that the tokenizer must have tokens for, such as `mask` or `sentinel_0`; see `Tokenizer.with_roles`."""
         ...
 
@@ -144,6 +150,21 @@ class Objective(Protocol):
 
         `start_id`: the token that an encoder-decoder's decoder begins with; None: the tokenizer's padding.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsWholeTexts(Protocol):
+    """An objective whose samples are whole texts, which may be too long."""
+
+    @property
+    def read_texts(self) -> tuple[str, ...]:
+        """What it reads of each sample, for reports: source and target, say."""
+        ...
+
+    def lost(self, lengths: np.ndarray, block_size: int, family: Family) -> np.ndarray:
+        """Tokens cut off of each of `read_texts`, (n, these) int64, where a sample's texts have `lengths` (n, texts)
+        tokens."""
         ...
 
 

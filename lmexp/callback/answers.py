@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -12,11 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.markup import escape
 from rich.table import Table
 
-from lmexp.callback.base import RunCallback
+from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.metric.text_to_text import SCORES, scores, sentence_chrf
+from lmexp.objective.text_to_text import TextToText
 
 
 class Answer(NamedTuple):
@@ -30,7 +33,33 @@ class Answer(NamedTuple):
     output: str
 
 
-class Answers(RunCallback):
+def write_for(
+    model: Any,
+    sources: Sequence[np.ndarray],
+    objective: TextToText,
+    block_size: int,
+    tokenizer: Any,
+    sampling: Sampling | Beam,
+    batch_size: int,
+) -> list[list[int]]:
+    """The tokens that a model writes for each source (n,), which are read as in training; eos ends them."""
+    prompts = [objective.prompt(source, tokenizer, model.family, block_size).tolist() for source in sources]
+    most_new = min(objective.lengths(block_size, model.family)[1], sampling.max_new_tokens)
+    least = min(most_new, sampling.min_new_tokens)
+    sampling = dataclasses.replace(sampling, max_new_tokens=most_new, min_new_tokens=least)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equally long ones need no padding
+    written: list[list[int]] = [[] for _ in prompts]
+    # eager: each new token is another shape, which a compiled model would be compiled for
+    with torch.compiler.set_stance("force_eager"):
+        for first in range(0, len(order), batch_size):
+            numbers = order[first : first + batch_size]
+            rows = generate(model, [prompts[i] for i in numbers], sampling, tokenizer.eos_id, tokenizer.vocab_size)
+            for number, row in zip(numbers, rows, strict=True):
+                written[number] = row
+    return written
+
+
+class Answers(Scoring):
     """Decodes validation sources at each validation, and a whole split when a checkpoint is tested.
 
     Each pair is decoded once, by one device; the scores are of all of them. Everything written stands in `latest`.
@@ -39,11 +68,7 @@ class Answers(RunCallback):
     names = SCORES
     """What is measured under val/."""
 
-    data: Any
     sampling: Sampling | Beam
-    split = "test"
-    most: int | None = None
-    """What `trainer.test` decodes, and how many pairs of each part of it; the job sets them, as the two above."""
 
     def __init__(self, examples: int | None, batch_size: int, shown: int, bootstrap: int) -> None:
         for name, value, least in (
@@ -92,28 +117,16 @@ class Answers(RunCallback):
     def _answers(self, model: Any, split: str, most: int | None) -> list[Answer]:
         data, tokenizer = self.data, self.data.tokenizer
         pairs = data.pairs(split, most)
-        prompts = [
-            data.objective.prompt(sample.tokens, tokenizer, data.family, data.block_size).tolist()
-            for _, sample in pairs
-        ]
-        most_new: int = data.objective.lengths(data.block_size, data.family)[1]
-        most_new = min(most_new, self.sampling.max_new_tokens)
-        least = min(most_new, self.sampling.min_new_tokens)
-        sampling = dataclasses.replace(self.sampling, max_new_tokens=most_new, min_new_tokens=least)
-        order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))  # equally long ones need no padding
+        sources = [sample.tokens for _, sample in pairs]
+        rows = write_for(model, sources, data.objective, data.block_size, tokenizer, self.sampling, self.batch_size)
         answers = []
-        # eager: each new token is another shape, which a compiled model would be compiled for
-        with torch.compiler.set_stance("force_eager"):
-            for first in range(0, len(order), self.batch_size):
-                numbers = order[first : first + self.batch_size]
-                rows = generate(model, [prompts[i] for i in numbers], sampling, tokenizer.eos_id, tokenizer.vocab_size)
-                for number, row in zip(numbers, rows, strict=True):
-                    place, sample = pairs[number]
-                    source, reference = data.original(split, sample)
-                    answers.append(
-                        Answer(place, source, reference.strip(), tokenizer.decode(row, skip_special=True).strip())
-                    )
+        for (place, sample), row in zip(pairs, rows, strict=True):
+            source, reference = data.original(split, sample)
+            answers.append(Answer(place, source, reference.strip(), tokenizer.decode(row, skip_special=True).strip()))
         return answers
+
+    def records(self) -> list[dict[str, Any]]:
+        return [{**a._asdict(), "chrf": round(sentence_chrf(a.output, a.reference), 2)} for a in self.latest]
 
     def ranked(self) -> list[tuple[float, Answer]]:
         """The answers by their own chrF, the worst first."""

@@ -188,6 +188,7 @@ class Checkpoint(RunCallback):
             "format": files.FORMAT,
             "step": step,
             "seconds": self.session.seconds,
+            "stopped_early": self.session.stopped_early,
             "metrics": dict(self.session.metrics),
             "best": {"score": self.best_score, "step": self.best_step},
             "random": states,

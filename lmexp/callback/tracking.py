@@ -22,9 +22,6 @@ _RATIO_ELEMENTS = 2**24
 """The update-to-weight ratio is measured on the first parameters with so many numbers together (64 MiB): a copy of
 all weights of a large model would not fit beside it."""
 
-METRIC_TAGS = ("val/loss", "val/bits_per_byte", "val/perplexity", "train/loss", "speed/tokens_per_second")
-"""What HPARAMS shows for each run."""
-
 
 class EventFiles(TensorBoardLogger):
     """Lightning's TensorBoard logger, less its own file of hyperparameters: config.yaml is that."""
@@ -63,7 +60,7 @@ class Tracking(RunCallback):
         if trainer.global_step == 0 and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             for tag, text in self.session.texts.items():
                 trainer.logger.experiment.add_text(tag, text, 0)
-            events.start_hparams(trainer.logger.experiment, self.session.hparams, METRIC_TAGS)
+            events.start_hparams(trainer.logger.experiment, self.session.hparams, self.session.shown)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # since the last step's end, less validation, samples and saving
@@ -140,7 +137,9 @@ class Tracking(RunCallback):
         nats = sum(loss * n for loss, n in zip(record.loss, record.tokens, strict=True))
         tokens, n_bytes = sum(record.tokens), sum(record.n_bytes)
         loss = nats / tokens
-        values = {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700))}
+        values = {"train/loss": loss}
+        if self.session.bits:  # else it is no loss of tokens
+            values["train/perplexity"] = math.exp(min(loss, 700))
         if n_bytes and self.session.bits:
             values[f"train/{self.session.bits}"] = nats / math.log(2) / n_bytes
         optimizer = trainer.optimizers[0]

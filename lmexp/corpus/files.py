@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import csv
-import glob
-import gzip
 import hashlib
-import io
 import json
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +13,15 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from lmexp.contracts import Split, UserError
 from lmexp.corpus.content import content_hash
+from lmexp.corpus.tables import Paths, check_columns, found, kind_of, opened_text, table_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Paths = str | Sequence[str] | None
 Unit = Literal["file", "line", "paragraph", "row"]
 
-_TABLES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_FIX = "Choose one of them with data.corpus.field=NAME."
 
 
 @dataclass
@@ -100,12 +96,12 @@ class Files:
         """sha256 of the files' contents and of how they are read; a file that did not change is not read again."""
         parts: list[Any] = [self.unit, self.field]
         if self.path:
-            files = _found(self.path, "path")
+            files = found(self.path, "path")
             cut = [self.by, self.validation_fraction, self.test_fraction]
             parts += [*cut, [_kind(p) for p in files], content_hash(files, self.cache_dir)]
         else:
             for split in self.splits:
-                files = _found(getattr(self, split), split)
+                files = found(getattr(self, split), split)
                 parts += [split, [_kind(p) for p in files], content_hash(files, self.cache_dir)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -142,9 +138,9 @@ class Files:
 
     def _documents(self, split: Split) -> Iterator[str]:
         if not self.path:
-            yield from self._read(_found(getattr(self, split), split))
+            yield from self._read(found(getattr(self, split), split))
             return
-        files = _found(self.path, "path")
+        files = found(self.path, "path")
         if self.by == "hash":
             yield from (text for text in self._read(files) if self._split_of(text) == split)
             return
@@ -169,22 +165,10 @@ class Files:
         """The documents of these files; whatever is wrong with one is a `UserError` that names it."""
         for path in files:
             empty = True
-            try:
-                for text in self._read_one(path):
-                    if text.strip():
-                        empty = False
-                        yield text
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} is not UTF-8 ({error.reason} at byte {error.start} of the part read); expected text in "
-                    "UTF-8. Convert it, for example with iconv -f latin1 -t utf-8, or take it out of the list."
-                ) from error
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(
-                    f"{path} is damaged or cut off ({error}); expected a whole gzip file. Copy it again."
-                ) from error
-            except OSError as error:
-                raise UserError(f"Cannot read {path}: {error}. Give a path that can be read.") from error
+            for text in self._read_one(path):
+                if text.strip():
+                    empty = False
+                    yield text
             if empty:
                 raise UserError(
                     f"{path} holds no text; expected at least one document. Take it out of the list, or fill it."
@@ -198,16 +182,13 @@ class Files:
             raise UserError(
                 f"corpus.unit={unit} does not fit {path}, which is read as {kind}; set data.corpus.unit={expected}."
             )
-        if kind == "parquet":
-            yield from self._parquet(path)
+        if kind in ("jsonl", "parquet"):
+            for _, row in table_rows(path, [self.field], _FIX):
+                check_columns(path, [self.field], row, _FIX)
+                yield self._text(path, row[self.field])
             return
-        with (
-            _open(path) as raw,
-            io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if kind in ("csv", "tsv") else None) as file,
-        ):
-            if kind == "jsonl":
-                yield from self._json_lines(path, file)
-            elif kind in ("csv", "tsv"):
+        with opened_text(path, newline="" if kind in ("csv", "tsv") else None) as file:
+            if kind in ("csv", "tsv"):
                 yield from self._table(path, file, "," if kind == "csv" else "\t")
             elif unit == "file":
                 yield file.read()
@@ -216,47 +197,14 @@ class Files:
             else:
                 yield from _paragraphs(file)
 
-    def _json_lines(self, path: Path, file: IO[str]) -> Iterator[str]:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON ({error}); expected an object on each line."
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: {type(row).__name__}; expected an object on each line.")
-            if self.field not in row:
-                raise self._no_column(path, row)
-            yield self._text(path, row[self.field])
-
     def _table(self, path: Path, file: IO[str], delimiter: str) -> Iterator[str]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KB is shorter than documents
         reader = csv.DictReader(file, delimiter=delimiter)
-        if self.field not in (reader.fieldnames or ()):
-            raise self._no_column(path, reader.fieldnames or ())
+        check_columns(path, [self.field], reader.fieldnames or (), _FIX)
         try:
             yield from (self._text(path, row[self.field]) for row in reader)
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}; expected a table with quoted fields.") from error
-
-    def _parquet(self, path: Path) -> Iterator[str]:
-        import pyarrow
-        from pyarrow import parquet
-
-        with _open(path) as raw:
-            try:
-                file = parquet.ParquetFile(io.BytesIO(raw.read()) if path.suffix == ".gz" else raw)
-                if self.field not in file.schema_arrow.names:
-                    raise self._no_column(path, file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
-                    yield from (self._text(path, text) for text in batch.column(0).to_pylist())
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{path} is damaged or cut off ({error}); expected a whole Parquet file. Copy it again."
-                ) from error
 
     def _text(self, path: Path, value: Any) -> str:
         if not isinstance(value, str) and value is not None:
@@ -266,35 +214,9 @@ class Files:
             )
         return value or ""
 
-    def _no_column(self, path: Path, columns: Any) -> UserError:
-        return UserError(
-            f"{path} has no column {self.field!r}; it has {', '.join(map(repr, columns))}. Choose one of them with "
-            "data.corpus.field=NAME."
-        )
-
 
 def _kind(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return _TABLES.get(suffixes[-1], "text") if suffixes else "text"
-
-
-def _found(paths: Paths, name: str) -> list[Path]:
-    """The files that paths and globs name: in the order given, those of a glob sorted."""
-    found = []
-    for pattern in [paths] if isinstance(paths, str) else list(paths or ()):
-        expanded = Path(pattern).expanduser()
-        matches = (
-            [expanded] if expanded.is_file() else [Path(p) for p in sorted(glob.glob(str(expanded), recursive=True))]
-        )
-        matches = [path for path in matches if path.is_file()]
-        if not matches:
-            raise UserError(f"corpus.{name}={pattern}: there is no such file; give one, or a glob that matches some.")
-        found += matches
-    return found
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    return kind_of(path) or "text"
 
 
 def _paragraphs(lines: IO[str]) -> Iterator[str]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
 import json
-import sys
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lmexp.contracts import Split, UserError
 from lmexp.corpus.content import content_hash
@@ -30,13 +24,13 @@ from lmexp.corpus.parts import (
     rows_of,
     table_parts,
 )
+from lmexp.corpus.tables import KINDS, BrokenRows, kind_of, opened_text, table_rows, unit_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Source = Mapping[str, str] | str | None
 
-_TABLES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -45,7 +39,8 @@ class ParallelFiles(Parted):
     """Texts that stand line by line beside their translations, in UTF-8, plain or gzipped.
 
     A split is either a file for each language, `{en: train.en, de: train.de}`, a text on each line, or one table:
-    csv or tsv with a column named like each language, or jsonl with such keys, at the top or under `translation`.
+    csv or tsv with a column named like each language, or jsonl or Parquet with such columns, at the top or under
+    `translation`.
     A text that is empty in one language is left out of the pairs with that language.
     """
 
@@ -93,9 +88,9 @@ class ParallelFiles(Parted):
                             f"{did_you_mean(language, source)} Add data.corpus.{split}.{language}=FILE, or leave the "
                             "language out of data.corpus.languages."
                         )
-            elif _kind(Path(source)) is None:
+            elif kind_of(Path(source)) is None:
                 raise UserError(
-                    f"corpus.{split}={source}; expected a table that ends in {', '.join(_TABLES)} (and .gz), or a "
+                    f"corpus.{split}={source}; expected a table that ends in {', '.join(KINDS)} (and .gz), or a "
                     f"file for each language: 'data.corpus.{split}={{en: FILE, de: FILE}}'."
                 )
 
@@ -111,7 +106,7 @@ class ParallelFiles(Parted):
     def content_fingerprint(self) -> str:
         """sha256 of the files' contents and of how they are read."""
         named = {split: list(self._files(split)) for split in self.splits}
-        read: list[Any] = [[split, [_kind(path) for path in files]] for split, files in named.items()]
+        read: list[Any] = [[split, [kind_of(path) for path in files]] for split, files in named.items()]
         hashes = [content_hash(files, self.cache_dir) for files in named.values()]
         return hashlib.sha256(json.dumps([self.languages, self.quoted, read, hashes]).encode()).hexdigest()
 
@@ -156,67 +151,12 @@ class ParallelFiles(Parted):
             yield from _aligned(files)
             return
         (path,) = files
-        with _readable(path, newline="") as file:
-            rows = _json_rows(path, file) if _kind(path) == "jsonl" else self._table_rows(path, file)
-            yield from _selected(path, rows, languages)
-
-    def _table_rows(self, path: Path, file: IO[str]) -> Iterator[Mapping[str, Any]]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        kind = _kind(path)
-        quoted = kind == "csv" if self.quoted is None else self.quoted
-        reader = csv.DictReader(
-            file,
-            delimiter="," if kind == "csv" else "\t",
-            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-            strict=True,
-        )
-        missing = [name for name in self.languages if name not in (reader.fieldnames or ())]
-        if missing:
-            raise _no_column(path, missing[0], reader.fieldnames or ())
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    more = "more" if None in row else "fewer"
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {more} cells than the {len(reader.fieldnames or ())} columns "
-                        "of the first line; expected as many. If cells are quoted, say data.corpus.quoted=true."
-                    )
-                yield row
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {reader.line_num}: {error}; expected quotes around whole cells, doubled inside. If "
-                "quotes are part of the text, say data.corpus.quoted=false."
-            ) from error
-
-
-def _kind(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return _TABLES.get(suffixes[-1]) if suffixes else None
-
-
-@contextmanager
-def _readable(path: Path, newline: str) -> Iterator[IO[str]]:
-    """The open file; what is wrong with it, also while it is read, is a `UserError` that names it."""
-    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with opened(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start} of the part read); expected text in UTF-8. "
-            "Convert it, for example with iconv -f latin1 -t utf-8."
-        ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path} is damaged or cut off ({error}); expected a whole gzip file. Copy it again."
-        ) from error
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error}. Give a path that can be read.") from error
+        yield from _selected(path, languages, self.quoted)
 
 
 def _lines(path: Path) -> Iterator[str]:
     # only \n ends a line: a lone \r or U+2028 inside a sentence would shift all that follow
-    with _readable(path, newline="\n") as file:
+    with opened_text(path, newline="\n") as file:
         for line in file:
             yield line.rstrip("\r\n")
 
@@ -237,38 +177,15 @@ def _aligned(files: list[Path]) -> Iterator[tuple[str, ...]]:
         yield texts
 
 
-def _json_rows(path: Path, file: IO[str]) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); expected an object on each line.") from error
-        if isinstance(row, dict) and isinstance(row.get("translation"), dict):
-            row = row["translation"]
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: {type(row).__name__}; expected an object on each line.")
-        yield row
-
-
-def _selected(path: Path, rows: Iterator[Mapping[str, Any]], languages: list[str]) -> Iterator[tuple[str, ...]]:
-    """The texts in these languages; one that a row lacks is empty, one that all rows lack is an error."""
-    seen: dict[str, None] = {}
-    for row in rows:
-        seen.update(dict.fromkeys(row))
+def _selected(path: Path, languages: list[str], quoted: bool | None) -> Iterator[tuple[str, ...]]:
+    """The texts in these languages; one that a row lacks is empty."""
+    broken = BrokenRows(str(path), unit_of(path))
+    fix = "Name the languages as the columns are: data.corpus.languages=[en,de]."
+    for number, row in table_rows(path, languages, fix, quoted=quoted, within="translation"):
         texts = tuple(row.get(name) or "" for name in languages)
-        for name, text in zip(languages, texts, strict=True):
-            if not isinstance(text, str):
-                raise UserError(f"{path}: column {name!r} holds {type(text).__name__}; expected text.")
-        yield texts
-    for name in languages:
-        if name not in seen:
-            raise _no_column(path, name, seen)
-
-
-def _no_column(path: Path, name: str, columns: Any) -> UserError:
-    return UserError(
-        f"{path} has no column {name!r}; it has {', '.join(map(repr, columns)) or 'none'}."
-        f"{did_you_mean(name, columns)} Name the languages as the columns are: data.corpus.languages=[en,de]."
-    )
+        wrong = [(name, text) for name, text in zip(languages, texts, strict=True) if not isinstance(text, str)]
+        for name, text in wrong:
+            broken.add(number, f"column {name!r} holds {type(text).__name__}", "Expected text.")
+        if not wrong:
+            yield texts
+    broken.check()

@@ -142,6 +142,27 @@ class Side:
         return Sample(tokens, token_bytes[tokens], index, part=part, language=self.language, pair=pair)
 
 
+class TextOrder:
+    """An order of n texts for each epoch: a pure function of the seed and the sample's index."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self._ahead = (-1, np.empty(0, dtype=np.int64))  # a piece of the order, and its number
+
+    def number(self, index: int) -> int:
+        """The number of the text that sample `index` is."""
+        piece, place = divmod(index, _PIECE)
+        if piece != self._ahead[0]:
+            wanted = np.arange(piece * _PIECE, (piece + 1) * _PIECE)
+            numbers = np.empty_like(wanted)
+            for epoch in np.unique(wanted // self.count):
+                here = wanted // self.count == epoch
+                numbers[here] = permute(wanted[here] % self.count, self.count, keys(self.seed, int(epoch), 0))
+            self._ahead = (piece, numbers)
+        return int(self._ahead[1][place])
+
+
 class Pairs:
     """Texts beside their translations: all of them once in each epoch, in an order of its own."""
 
@@ -151,8 +172,7 @@ class Pairs:
         self.sides = sides
         self.token_bytes = token_bytes
         self.part = part
-        self.seed = seed
-        self._ahead = (-1, np.empty(0, dtype=np.int64))  # a piece of the order, and its number
+        self.order = None if seed is None else TextOrder(len(self), seed)
 
     def __len__(self) -> int:
         return len(self.sides[0].offsets) - 1
@@ -161,29 +181,14 @@ class Pairs:
         """The pairs of these indices; in evaluation empty samples beyond the end."""
         out = []
         for index in indices:
-            epoch, number = divmod(index, len(self))
-            if self.seed is None and epoch:
+            if self.order is None and index >= len(self):
                 out.append(Sample(np.empty(0, np.int64), np.empty(0, np.float32), index, part=self.part))
                 continue
-            if self.seed is not None:
-                number = self._ordered(index)
+            number = index if self.order is None else self.order.number(index)
             first, second = self.sides
             pair = second.text(number, self.token_bytes, index, self.part)
             out.append(first.text(number, self.token_bytes, index, self.part, pair))
         return out
-
-    def _ordered(self, index: int) -> int:
-        """The number of the text that sample `index` is."""
-        piece, place = divmod(index, _PIECE)
-        if piece != self._ahead[0]:
-            assert self.seed is not None
-            wanted = np.arange(piece * _PIECE, (piece + 1) * _PIECE)
-            numbers = np.empty_like(wanted)
-            for epoch in np.unique(wanted // len(self)):
-                here = wanted // len(self) == epoch
-                numbers[here] = permute(wanted[here] % len(self), len(self), keys(self.seed, int(epoch), 0))
-            self._ahead = (piece, numbers)
-        return int(self._ahead[1][place])
 
 
 class InTurn:

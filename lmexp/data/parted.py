@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lmexp.corpus.parts import Part, PartedCorpus, smoothed_texts
+from lmexp.data.labelled import columns, is_labelled
 
 
 def is_parted(corpus: Any) -> bool:
@@ -16,7 +17,10 @@ def is_parted(corpus: Any) -> bool:
 
 
 def parts_of(corpus: Any) -> list[Part]:
-    """Its parts; a corpus that has none is one without a name."""
+    """Its parts; a corpus that has none is one without a name, and each text of labelled ones is a side of it."""
+    if is_labelled(corpus):
+        texts = columns(corpus)
+        return [Part("", ("",) * len(texts), texts)]
     return corpus.parts() if is_parted(corpus) else [Part("", ("",), (corpus,))]
 
 

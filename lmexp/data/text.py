@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any, cast
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lmexp.contracts import EVAL_SEED, Family, Objective, Sample, Split, UserError
+from lmexp.contracts import EVAL_SEED, Family, Objective, ReadsWholeTexts, Sample, Split, UserError
 from lmexp.corpus.parts import Part, smoothed
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
+from lmexp.data.labelled import AllTexts, Examples, is_labelled, labels_of
 from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches
 from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged
 from lmexp.data.order import BlockOrder
@@ -107,7 +109,7 @@ class TextData(LightningDataModule):
         corpus = self.corpus
         if corpus.streaming and self.max_samples is not None:
             raise UserError(f"max_samples={self.max_samples} needs a corpus that is not streamed; choose one, or null.")
-        self.tokenizer = self._tokenizer(console).with_roles(self.objective.special_tokens)
+        self.tokenizer = self._tokenizer(console).with_roles(self.objective.special_tokens(self.family))
         cached = [split for split in corpus.splits if not (corpus.streaming and split == "train")]
         self._caches: list[tuple[TokenCache, ...]] = []
         if cached:
@@ -128,6 +130,8 @@ class TextData(LightningDataModule):
             source = _FirstDocuments(corpus, self.tokenizer_documents)
         elif is_parted(corpus):
             source = SmoothedTexts(corpus)  # type: ignore[arg-type]
+        elif is_labelled(corpus):
+            source = AllTexts(corpus)  # type: ignore[arg-type]
         return trained_tokenizer(config, source, self.cache_dir, console)
 
     @cached_property
@@ -247,6 +251,27 @@ class TextData(LightningDataModule):
         first, second = (rows[sample.index]["text"] for rows in self._originals[split][sample.part])
         return first, second
 
+    def labels(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """The labels (n,) or (n, classes) and groups (n,) of a split whose texts have some; see `labels_of`."""
+        return labels_of(self.corpus, cast(Split, split))  # type: ignore[arg-type]
+
+    def cut(self) -> dict[str, tuple[int, int, int]]:
+        """What of whole texts is too long to be read: the split and what is read -> how many texts there are, how many
+        of them are cut, and how many tokens are lost; empty for objectives that read all of any text."""
+        objective = self.objective
+        if not isinstance(objective, ReadsWholeTexts):
+            return {}
+        found: dict[str, tuple[int, int, int]] = {}
+        for part, caches in zip(self.parts, self._caches, strict=True):
+            for split in caches[0].report.splits:
+                lengths = np.stack([np.diff(cache.offsets(split)) - 1 for cache in caches], 1)
+                lost = objective.lost(lengths, self.block_size, self.family)
+                for number, name in enumerate(objective.read_texts):
+                    of = f"{split} {part.name} {name}" if is_parted(self.corpus) else f"{split} {name}"
+                    column = lost[:, number]
+                    found[of] = (len(column), int((column > 0).sum()), int(column.sum()))
+        return found
+
     def advance(self, n_samples: int) -> None:
         """Move the cursor: so many more samples of the global order have been trained on."""
         self.samples_seen += n_samples
@@ -292,7 +317,14 @@ class TextData(LightningDataModule):
         )
         return first, second
 
+    def _examples(self, split: str, seed: int | None, most: int | None) -> Examples:
+        labels, groups = self.labels(split)
+        sides = [Side(cache.stream(split), cache.offsets(split), 0) for cache in self._caches[0]]
+        return Examples(sides, self.tokenizer.token_bytes, labels, groups, seed, most)
+
     def _train_source(self) -> Source:
+        if is_labelled(self.corpus):
+            return self._examples("train", self.seed, self.max_samples)
         sources: list[Source] = []
         for number, part in enumerate(self.parts):
             if len(part.languages) > 1:
@@ -308,6 +340,9 @@ class TextData(LightningDataModule):
         return Mixed(tagged, MixtureOrder(self.shares, self.seed), self.max_samples)
 
     def _evaluation_source(self, number: int, split: str, max_blocks: int | None) -> SizedSource:
+        if is_labelled(self.corpus):
+            self._tokens(split)  # there must be such a split
+            return self._examples(split, None, max_blocks)
         if len(self.parts[number].languages) > 1:
             return Pairs(self._sides(split, number), self.tokenizer.token_bytes, number, None)
         stride = stride_of(self.sample_length, self.block_size)
@@ -330,7 +365,9 @@ class TextData(LightningDataModule):
     def _sizes(self) -> list[int]:
         """Training samples of each part."""
         return [
-            caches[0].report.splits["train"].documents if len(caches) > 1 else self._order(number).n_blocks
+            caches[0].report.splits["train"].documents
+            if len(caches) > 1 or is_labelled(self.corpus)
+            else self._order(number).n_blocks
             for number, caches in enumerate(self._caches)
         ]
 

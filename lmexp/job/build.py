@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.contracts import Objective, UserError
 from lmexp.data.text import TextData
+from lmexp.metric.classification import ClassificationScores
 from lmexp.task.base import BaseTask
 
 
@@ -49,6 +50,15 @@ class Parts:
     sampling: Any
     metric: Any
     callbacks: list[Callback]
+
+
+def bind_metric(metric: Any, objective: Objective, data: TextData, token_bytes: torch.Tensor | None = None) -> None:
+    """Tell a metric what the corpus and the objective decide: the classes, or the parts and the bytes of tokens."""
+    if isinstance(metric, ClassificationScores):
+        corpus: Any = data.corpus
+        metric.bind(corpus.labels, corpus.multilabel, corpus.groups)
+    else:
+        metric.bind(objective.bits, data.part_names, token_bytes)
 
 
 def build_task(cfg: DictConfig, parts: Parts, vocab_size: int, device: str = "cpu") -> BaseTask:

@@ -12,10 +12,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lmexp.contracts import UserError
+from lmexp.data.labelled import is_labelled
 from lmexp.data.parted import is_parted
 from lmexp.decoding.generate import Sampling
-from lmexp.job.build import Parts, accelerator_of, build_node, build_task, precision_of
+from lmexp.job.build import Parts, accelerator_of, bind_metric, build_node, build_task, precision_of
+from lmexp.metric.classification import ClassificationScores
 from lmexp.model.auto import AutoModelSettings
+from lmexp.objective.classification import Classification
 from lmexp.objective.text_to_text import TextToText
 from lmexp.objective.translation_lm import TranslationLM
 
@@ -61,9 +64,10 @@ def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
     if not errors and training:
         collect(lambda: check_division(cfg, world_size))
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
+    collect(lambda: check_task(cfg, made))
     collect(lambda: check_objective(cfg, made))
-    if None not in (made["metric"], made["objective"], made["data"]):
-        made["metric"].bind(made["objective"].bits, collect(lambda: made["data"].part_names) or ())
+    if not errors:
+        collect(lambda: bind_metric(made["metric"], made["objective"], made["data"]))
     callbacks = _callbacks(cfg, made, errors, collect) if training else []
     if training and made["data"] is not None and "validation" not in made["data"].corpus.splits:
         errors.append(
@@ -105,6 +109,32 @@ TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "m
 """Every key of `trainer` that something reads."""
 
 
+_CLASSIFYING = "task=classification objective=classification metric=classification callback=classification"
+
+
+def check_task(cfg: DictConfig, made: dict[str, Any]) -> None:
+    """Raise `UserError` unless task, objective, metric and corpus are all for labels, or none is."""
+    objective, metric, data = made["objective"], made["metric"], made["data"]
+    told = {
+        f"task={str(cfg.task.get('_target_')).rsplit('.', 1)[-1]}": cfg.task.get("_target_") == _CLASSIFIER,
+        f"objective={type(objective).__name__}": isinstance(objective, Classification),
+        f"metric={type(metric).__name__}": isinstance(metric, ClassificationScores),
+        f"data with {type(getattr(data, 'corpus', None)).__name__}": is_labelled(getattr(data, "corpus", None)),
+    }
+    if any(part is None for part in (objective, metric, data)) or len(set(told.values())) == 1:
+        return
+    yes = " and ".join(name for name, of_labels in told.items() if of_labels)
+    no = " and ".join(name for name, of_labels in told.items() if not of_labels)
+    raise UserError(
+        f"{yes} {'is' if ' and ' not in yes else 'are'} for labels of texts, {no} "
+        f"{'is' if ' and ' not in no else 'are'} not. To tell labels set {_CLASSIFYING} and a corpus with labels, such "
+        "as data=reviews or data=labelled_files; else leave all of these out."
+    )
+
+
+_CLASSIFIER = "lmexp.task.classification.TextClassification"
+
+
 def check_answers(objective: Any, sampling: Any) -> None:
     """Raise `UserError` unless what is written for sources can be scored."""
     if not isinstance(objective, TextToText):
@@ -129,6 +159,13 @@ def _callbacks(
                 f"callback.{needed} is missing, and a run cannot do without; its own keys say how much it does."
             )
     names = [name for name, node in cfg.callback.items() if node is not None]
+    if isinstance(objective, Classification) and "samples" in names:
+        errors.append("callback.samples continues texts, and a classifier writes none; choose callback=classification.")
+    if objective is not None and not isinstance(objective, Classification) and "predictions" in names:
+        errors.append(
+            f"callback.predictions shows what a classifier told, and objective {type(objective).__name__} makes none; "
+            "choose callback=default."
+        )
     made = {name: collect(partial(build_node, cfg, f"callback.{name}")) for name in names}
     checkpoint = made.pop("checkpoint", None)
     measured = [f"val/{name}" for c in (metric, *made.values()) for name in getattr(c, "names", ())]
@@ -136,6 +173,9 @@ def _callbacks(
         collect(lambda: check_answers(objective, sampling))
     if checkpoint is not None and measured and checkpoint.monitor not in measured:
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
+    stopping = made.get("early_stopping")
+    if stopping is not None and not stopping.idle and measured and stopping.monitor not in measured:
+        errors.append(f"callback.early_stopping.monitor={stopping.monitor}; expected one of {', '.join(measured)}.")
     used = [c for c in made.values() if not getattr(c, "idle", False)]  # each one costs every step something
     return [*used, checkpoint]  # last, whatever was added: it saves what the others did
 
@@ -160,6 +200,19 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
                 f"model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model "
                 "of lmexp, with init_from=FOLDER for its weights."
             )
+    if isinstance(objective, Classification):
+        objective.most(data.block_size)
+        if isinstance(model, AutoModelSettings):
+            raise UserError(
+                f"model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model "
+                "of lmexp, with init_from=FOLDER for its weights."
+            )
+        if objective.segments and getattr(model, "n_segments", 0) < 2:
+            raise UserError(
+                f"objective.segments=true, and {type(model).__name__} has no segment embedding of two rows; set "
+                "objective.segments=false, or model=bert model.n_segments=2."
+            )
+        return
     if data.document_mask and not objective.reads_documents:
         raise UserError(
             f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
@@ -249,16 +302,16 @@ def check_division(cfg: DictConfig, world_size: int) -> None:
         raise UserError(f"batch_size={batch} does not divide over {what}; set batch_size={nearest}{smaller}.")
 
 
-def check_out(out: Any) -> None:
+def check_out(out: Any, key: str = "out") -> None:
     """Raise `UserError` unless a file can be written at `out`, before the work is done."""
     if out is None:
         return
     path = Path(str(out))
     if path.is_dir() or not path.parent.is_dir():
         what = "is a directory" if path.is_dir() else f"there is no directory {path.parent}"
-        raise UserError(f"out={out}: {what}; expected a path for a file in a directory that exists.")
+        raise UserError(f"{key}={out}: {what}; expected a path for a file in a directory that exists.")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"out={out}: {path.parent} cannot be written to; choose another directory.")
+        raise UserError(f"{key}={out}: {path.parent} cannot be written to; choose another directory.")
 
 
 def _whole(key: str, value: Any, least: int) -> None:

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from lmexp.callback.answers import Answers
+from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
 from lmexp.job.build import build_node
 from lmexp.job.check import check_out
@@ -17,10 +18,10 @@ from lmexp.job.in_context import InContext, in_context
 from lmexp.job.plan import Plan
 from lmexp.job.restore import restore
 from lmexp.job.train import measured_on, prepare_data, quiet_libraries
-from lmexp.run.directory import write_json
+from lmexp.run.directory import write_json, write_json_lines
 from lmexp.run.terminal import Terminal
 
-_OF_SPLITS = ("split", "max_blocks")
+_OF_SPLITS = ("split", "max_blocks", "predictions")
 _OF_QUESTIONS = (
     *("questions", "examples", "shots", "score", "template", "instruction", "separator", "stop", "unconditional"),
     *("batch_size", "rows"),
@@ -51,15 +52,20 @@ def evaluate(plan: Plan) -> float:
     if job.max_blocks is not None and job.max_blocks < 1:
         raise UserError(f"job.max_blocks={job.max_blocks}; expected at least 1, or null for the whole split.")
     check_out(plan.config.out)
+    check_out(job.predictions, "job.predictions")
     terminal = Terminal(quiet=rank > 0)
     restored = restore(plan, world_size)
     cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
     data = prepare_data(cfg, restored.parts, terminal, restored.tokenizer)  # type: ignore[arg-type]
-    answers: Answers | None = None
-    if restored.cfg.callback.get("answers") is not None:
-        answers = build_node(restored.cfg, "callback.answers")
-        answers.data, answers.sampling = data, restored.parts.sampling
-    measured = measured_on(restored.cfg, data, restored.task, answers, job.split, job.max_blocks, world_size)
+    scoring = _scoring(restored.cfg)
+    if scoring is not None:
+        scoring.data, scoring.sampling = data, restored.parts.sampling
+    elif job.predictions is not None:
+        raise UserError(
+            f"job.predictions={job.predictions}: {type(restored.parts.objective).__name__} tells nothing of single "
+            "examples; leave it out, or give the checkpoint of a run with callback=classification or text_to_text."
+        )
+    measured = measured_on(restored.cfg, data, restored.task, scoring, job.split, job.max_blocks, world_size)
     values: dict[str, Any] = {f"{job.split}/{name}": value for name, value in measured.items() if name != "tokens"}
     values |= {"tokens": measured["tokens"], "steps": restored.step}
     if rank == 0:
@@ -69,9 +75,21 @@ def evaluate(plan: Plan) -> float:
         for name, value in values.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
         terminal.print(table)
-        if answers is not None and answers.shown:
-            terminal.print(answers.table())
+        if scoring is not None and scoring.shown:
+            terminal.print(scoring.table())
+        if scoring is not None and job.predictions is not None:
+            write_json_lines(Path(job.predictions), scoring.records())
+            terminal.print(f"Written to {job.predictions}.")
         if plan.config.out is not None:
             write_json(Path(plan.config.out), values)
             terminal.print(f"Written to {plan.config.out}.")
     return float(values[f"{job.split}/loss"])
+
+
+def _scoring(cfg: DictConfig) -> Scoring | None:
+    """The callback of a run that looks at single examples, if it had one."""
+    for name, node in cfg.callback.items():
+        if node is not None and issubclass(get_class(node._target_), Scoring):
+            found: Scoring = build_node(cfg, f"callback.{name}")
+            return found
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -20,8 +19,9 @@ from lmexp.job.check import check_out
 from lmexp.job.plan import Plan
 from lmexp.job.restore import Restored, restore
 from lmexp.job.train import quiet_libraries
+from lmexp.objective.classification import Classification
 from lmexp.objective.text_to_text import TextToText
-from lmexp.run.directory import write_atomically
+from lmexp.run.directory import write_json_lines
 
 
 def generate(plan: Plan) -> None:
@@ -38,6 +38,10 @@ def generate(plan: Plan) -> None:
     quiet_libraries()
     prompts = read_prompts(job.prompt, job.prompt_file)
     restored = restore(plan, 1)
+    if isinstance(restored.parts.objective, Classification):
+        raise UserError(
+            f"ckpt={plan.config.ckpt} holds a classifier, which tells labels and doesn't write; use job=predict."
+        )
     if restored.task.model.family == "encoder":
         raise UserError(
             f"ckpt={plan.config.ckpt} holds an encoder ({type(restored.task.model).__name__}), which reads and doesn't "
@@ -58,8 +62,7 @@ def generate(plan: Plan) -> None:
             stream=len(rows) == 1 and not isinstance(sampling, Beam),
         )
     if plan.config.out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(Path(plan.config.out), lines)
+        write_json_lines(Path(plan.config.out), rows)
         print(f"Written to {plan.config.out}.", file=sys.stderr)
 
 

@@ -153,7 +153,7 @@ def check_fit(origin: Origin, cfg: DictConfig) -> None:
         )
     tokenizer = build_node(cfg, "tokenizer")
     if origin.tokenizer is not None and not tokenizer.needs_text:
-        roles = build_node(cfg, "objective").special_tokens
+        roles = build_node(cfg, "objective").special_tokens(configured.family)
         _refuse_other_tokenizer(origin, tokenizer.train(iter(())).with_roles(roles))
 
 
@@ -246,8 +246,10 @@ def _by_their_names(model: Any, origin: Origin, n_tokens: int) -> Imported:
             f"init_from={origin.name} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}, which "
             f"every {origin.model_type} has; its weights are not whole, or are another model's."
         )
-    weights = {name: value.to(model.state_dict()[name].dtype) for name, value in imported.weights.items()}
-    return Imported(weights, imported.new, [n for n in imported.unused if not n.endswith(architecture.computed)])
+    own = model.state_dict()  # of a classifier, without the head over the vocabulary
+    weights = {name: value.to(own[name].dtype) for name, value in imported.weights.items() if name in own}
+    unused = [n for n in imported.unused if not n.endswith(architecture.computed)]
+    return Imported(weights, imported.new, unused + sorted(imported.weights.keys() - own.keys()))
 
 
 def _pieces(origin: Origin, tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:

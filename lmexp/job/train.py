@@ -20,18 +20,26 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
-from lmexp.callback.answers import Answers
-from lmexp.callback.base import RunCallback
+from lmexp.callback.base import RunCallback, Scoring
 from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.callback.progress import clock
 from lmexp.callback.samples import Samples
 from lmexp.contracts import UserError
 from lmexp.data.text import TextData
-from lmexp.job.build import Parts, accelerator_of, build_node, build_task, build_trainer, precision_of
+from lmexp.job.build import (
+    Parts,
+    accelerator_of,
+    bind_metric,
+    build_node,
+    build_task,
+    build_trainer,
+    precision_of,
+)
 from lmexp.job.check import check, seconds_of
 from lmexp.job.initialize import Origin, check_fit, find, initialize
 from lmexp.job.plan import Plan
 from lmexp.job.restore import load_weights
+from lmexp.objective.classification import Classification
 from lmexp.run import checkpoint as files
 from lmexp.run import environment, events
 from lmexp.run.directory import RunDirectory, disk_errors, write_atomically, write_json
@@ -97,13 +105,13 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
         initialize(task.model, origin, data.tokenizer, terminal.print)
         del origin  # it holds the weights
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
-    session = _session(plan, data, task, directory, terminal, record, world_size)
+    session = _session(plan, parts, data, task, directory, terminal, record, world_size)
     for callback in parts.callbacks:
         if isinstance(callback, RunCallback):
             callback.session = session
-        if isinstance(callback, (Samples, Answers)):
+        if isinstance(callback, (Samples, Scoring)):
             callback.sampling = parts.sampling
-        if isinstance(callback, Answers):
+        if isinstance(callback, Scoring):
             callback.data = data
     logger: Any = build_node(cfg, "logger") if rank == 0 else False
     if entry is not None:
@@ -139,41 +147,41 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
 
 def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session, world_size: int) -> None:
     """Score the test split of a task, if there is one, once, with the best checkpoint."""
-    answers = next((callback for callback in parts.callbacks if isinstance(callback, Answers)), None)
-    if answers is None or "test" not in data.corpus.splits:
+    scoring = next((callback for callback in parts.callbacks if isinstance(callback, Scoring)), None)
+    if scoring is None or "test" not in data.corpus.splits:
         return
     if dist.is_initialized():
         dist.barrier()  # the first process links the checkpoints after the others have done their part
     path = files.resolve(str(session.directory.path))
     load_weights(task, files.load(path), str(path))
-    measured = measured_on(cfg, data, task, answers, "test", None, world_size)
+    measured = measured_on(cfg, data, task, scoring, "test", None, world_size)
     session.metrics |= {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
-    if answers.shown:
-        session.terminal.print(answers.table())
+    if scoring.shown:
+        session.terminal.print(scoring.table())
 
 
 def measured_on(
     cfg: DictConfig,
     data: TextData,
     task: Any,
-    answers: Answers | None,
+    scoring: Scoring | None,
     split: str,
     max_blocks: int | None,
     world_size: int,
 ) -> dict[str, float]:
-    """What a task measures over a split, `tokens` scored among it, and with `answers` the scores of what it writes."""
-    trainer = build_trainer(cfg, world_size, [] if answers is None else [answers], CheckpointFiles())
+    """What a task measures over a split, `tokens` scored among it, and with `scoring` what that measures."""
+    trainer = build_trainer(cfg, world_size, [] if scoring is None else [scoring], CheckpointFiles())
     data.trainer = trainer  # the loader shares the split out among its ranks
-    if answers is not None:
-        answers.split, answers.most = split, max_blocks
+    if scoring is not None:
+        scoring.split, scoring.most = split, max_blocks
     trainer.test(task, data.loader(split, max_blocks), verbose=False)
     measured: dict[str, float] = task.measured
-    return measured | ({} if answers is None else answers.measured)
+    return measured | ({} if scoring is None else scoring.measured)
 
 
 def _is_done(entry: dict[str, Any], session: Session) -> bool:
     out_of_time = session.max_seconds is not None and entry["seconds"] >= session.max_seconds
-    return entry["step"] >= session.max_steps or out_of_time
+    return entry["step"] >= session.max_steps or out_of_time or entry.get("stopped_early", False)
 
 
 def seed_all(seed: int) -> None:
@@ -196,12 +204,24 @@ def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: A
         getattr(parts.model, "decoder_start_id", None),
     )
     data.prepare(terminal.console)
-    parts.metric.bind(parts.objective.bits, data.part_names, torch.from_numpy(data.tokenizer.token_bytes))
+    bind_metric(parts.metric, parts.objective, data, torch.from_numpy(data.tokenizer.token_bytes))
     if data.report.splits:
         terminal.print(data.report.table())
         sample = " ".join(data.report.sample.split())[:200]
+        for line in cut_lines(data):
+            terminal.print(line)
         terminal.print(f"Data ready in {time.perf_counter() - start:.1f} s. It reads: {escape(sample)}")
     return data
+
+
+def cut_lines(data: TextData) -> list[str]:
+    """What of whole texts is too long and cut, a line for each split and kind of text; none if all are read whole."""
+    return [
+        f"Too long for the model and cut: {cut:,} of {n:,} {name} ({cut / n:.1%}), {lost:,} tokens lost. "
+        "See data.block_size and objective.max_*."
+        for name, (n, cut, lost) in data.cut().items()
+        if cut
+    ]
 
 
 def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
@@ -246,6 +266,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _session(
     plan: Plan,
+    parts: Parts,
     data: TextData,
     task: BaseTask,
     directory: RunDirectory,
@@ -277,18 +298,31 @@ def _session(
         log_every=cfg.log_every,
         batch_size=cfg.batch_size,
         block_size=data.block_size,
-        family=data.family,
+        use=_use(data),
+        shown=_shown(task, parts),
         bits=data.objective.bits,
         peak_flops=None if peak is None else peak * world_size,
         max_seconds=seconds_of(cfg.max_time),
         texts={
             "config": "".join(f"    {line}\n" for line in plan.yaml.splitlines()),
-            "data": data.report.markdown(),
+            "data": "\n\n".join([data.report.markdown(), *cut_lines(data)]),
             "model": _model_table(task.model),
         },
         hparams=hparams,
         metrics={"parameters": n_parameters},
     )
+
+
+def _use(data: TextData) -> tuple[str, str] | None:
+    if isinstance(data.objective, Classification):
+        return "Tell labels with it", "job=predict job.input=FILE"
+    return None if data.family == "encoder" else ("Write with it", "job=generate")
+
+
+def _shown(task: Any, parts: Parts) -> tuple[str, ...]:
+    measuring = [task.metric, *(c for c in parts.callbacks if isinstance(c, Scoring))]
+    names = [f"val/{name}" for one in measuring for name in getattr(one, "names", ()) if "/" not in name]
+    return (*names, "train/loss", "speed/tokens_per_second")
 
 
 def _model_table(model: torch.nn.Module) -> str:
@@ -353,8 +387,8 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
             f"Done in {clock(metrics['seconds'])}. The run lies in {folder}; best and last checkpoint in "
             f"{folder / 'checkpoints'}.\nLook at it:    tensorboard --logdir {logs}"
         )
-        if session.family != "encoder":
-            session.terminal.print(f"Write with it: python run.py job=generate ckpt={folder}")
+        if session.use is not None:
+            session.terminal.print(f"{session.use[0]}: python run.py {session.use[1]} ckpt={folder}")
     return float(metrics.get(cfg.callback.checkpoint.monitor, float("nan")))
 
 

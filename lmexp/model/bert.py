@@ -225,6 +225,10 @@ class MLMHead(Head):
         """As `Head.loss`, of hidden states (N, D) before the layer."""
         return super().loss(self.transform(hidden), labels, n_chunks, reduction)
 
+    def smoothing(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As `Head.smoothing`, of hidden states (N, D) before the layer."""
+        return super().smoothing(self.transform(hidden), labels)
+
 
 class Transform(nn.Module):
     """norm(gelu(x W + b)), (..., D) to (..., D)."""

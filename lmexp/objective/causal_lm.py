@@ -46,14 +46,13 @@ class CausalLM:
         """Whether it keeps the documents of a block apart; rearranged, they are not."""
         return not self.fim_rate
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         return ("fim_prefix", "fim_middle", "fim_suffix") if self.fim_rate else ()
 
     def sample_length(self, block_size: int) -> int:
         """Tokens of the stream that a sample of `block_size` inputs needs: one more, the last label; less the three
         that rearranging adds."""
-        return block_size + 1 - len(self.special_tokens)
+        return block_size + 1 - len(self.special_tokens("decoder"))
 
     def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
         return _Rearranging(self, tokenizer) if self.fim_rate else _stacked
@@ -92,7 +91,7 @@ def _stacked(samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
 class _Rearranging:
     def __init__(self, settings: CausalLM, tokenizer: Any) -> None:
         self.settings = settings
-        self.ids = [tokenizer.roles[role] for role in settings.special_tokens]
+        self.ids = [tokenizer.roles[role] for role in settings.special_tokens("decoder")]
 
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
         return _stacked([self.rearranged(sample, seed) for sample in samples], block_size, seed)

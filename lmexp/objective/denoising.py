@@ -42,8 +42,7 @@ class Denoising:
         if self.mean_span <= 0:
             raise UserError(f"objective.mean_span={self.mean_span}; expected a number above 0, such as 3.")
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         return ("mask",)
 
     def sample_length(self, block_size: int) -> int:

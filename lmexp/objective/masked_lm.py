@@ -52,8 +52,7 @@ class MaskedLM:
                 "shares that sum to at most 1, such as 0.8 and 0.1."
             )
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         return ("mask", "cls") if self.cls else ("mask",)
 
     def sample_length(self, block_size: int) -> int:

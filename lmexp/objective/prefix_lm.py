@@ -27,8 +27,7 @@ class PrefixLM:
     bits: ClassVar[str | None] = "continuation_bits_per_byte"
     """Of the rest given the first part."""
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         return ()
 
     def sample_length(self, block_size: int) -> int:

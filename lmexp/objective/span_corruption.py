@@ -44,8 +44,7 @@ class SpanCorruption:
         if self.sentinels < 1:
             raise UserError(f"objective.sentinels={self.sentinels}; expected at least 1, such as 100.")
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         return tuple(f"sentinel_{i}" for i in range(self.sentinels))
 
     def dropped(self, length: int) -> tuple[int, int]:

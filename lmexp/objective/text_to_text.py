@@ -36,9 +36,8 @@ class TextToText:
             if value is not None and value < 2:
                 raise UserError(f"objective.{name}={value}; expected at least 2 tokens, or null.")
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        return ("sep",)
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
+        return ("sep",) if family == "decoder" else ()
 
     def sample_length(self, block_size: int) -> int:
         """Pairs come whole."""
@@ -56,6 +55,14 @@ class TextToText:
                 f"tokens{' beside one another' if decoder else ''}; set data.block_size={max(needed, 4)}."
             )
         return source, target
+
+    read_texts: ClassVar[tuple[str, ...]] = ("source", "target")
+
+    def lost(self, lengths: np.ndarray, block_size: int, family: Family) -> np.ndarray:
+        """Of the source and of the target, which need room for their marks too."""
+        source, target = self.lengths(block_size, family)
+        room = np.array([source - (2 if family == "decoder" else 1), target - 1])
+        return np.maximum(lengths - room, 0)
 
     def prompt(self, source: np.ndarray, tokenizer: Any, family: Family, block_size: int) -> np.ndarray:
         """What the model reads of a source (n,) before it writes, cut to fit."""

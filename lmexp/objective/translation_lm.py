@@ -36,8 +36,7 @@ class TranslationLM(MaskedLM):
         if not self.cls:
             raise UserError("objective.cls=false: a pair always begins with the token cls; set it to true.")
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
+    def special_tokens(self, family: Family) -> tuple[str, ...]:
         return ("mask", "cls", "sep")
 
     def sample_length(self, block_size: int) -> int:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lmexp.contracts import UserError
 from lmexp.optimizer.groups import (
     check_betas,
     check_fused,
     check_rates,
+    layer_factors,
     resolve_fused,
     set_initial_rates,
     split_parameters,
@@ -33,6 +35,10 @@ class AdamW:
     weight_decay: float = 0.1
     """Each step shrinks matrices and embeddings by lr * weight_decay; vectors are not decayed."""
 
+    layer_decay: float = 1.0
+    """A layer's rate is this times that of the layer above it, the top layer's this times the head's; in (0, 1] (Clark
+    et al. 2020, ELECTRA, table 7: 0.8)."""
+
     fused: bool | str = "auto"
     """One kernel for all parameters: true, false, or auto, where the device can."""
 
@@ -41,9 +47,12 @@ class AdamW:
         check_rates(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         check_betas(self.betas)
         check_fused(self.fused)
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay={self.layer_decay}; expected a factor above 0 and at most 1.")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, with the groups `embedding`, `head`, `matrices`, `vectors` as far as the model has them."""
+        """The optimizer, with the groups `embedding`, `head`, `matrices`, `vectors` as far as the model has them;
+        with `layer_decay`, one of each for every layer."""
         split = split_parameters(model)
         members = {
             "embedding": split.embedding,
@@ -51,11 +60,14 @@ class AdamW:
             "matrices": [m.weight for m in split.matrices],
             "vectors": split.vectors,
         }
-        groups = [
-            {"name": name, "params": parameters, "weight_decay": 0.0 if name == "vectors" else self.weight_decay}
-            for name, parameters in members.items()
-            if parameters
-        ]
+        factors = layer_factors(model, self.layer_decay)
+        groups = []
+        for name, parameters in members.items():
+            for factor in sorted({factors[p] for p in parameters}, reverse=True):
+                of_layer = [p for p in parameters if factors[p] == factor]
+                decay = 0.0 if name == "vectors" else self.weight_decay
+                full = name if factor == 1 else f"{name}_x{factor:.3g}"
+                groups.append({"name": full, "params": of_layer, "weight_decay": decay, "lr": self.lr * factor})
         everything: list[torch.Tensor] = [p for parameters in members.values() for p in parameters]
         fused = resolve_fused(self.fused, everything)
         optimizer = torch.optim.AdamW(

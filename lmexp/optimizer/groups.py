@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lmexp.contracts import UserError
+
+_LAYER = re.compile(r"(.*?)\.(\d+)\.")
+"""A parameter of a numbered module: the name of all of these, and its number."""
 
 
 @dataclass
@@ -63,6 +67,26 @@ def split_parameters(model: nn.Module) -> ParameterGroups:
                     assert sum(parts) == p.shape[0], f"the parts of {module_name} are not its rows"
                     groups.matrices.append(Matrix(p, tuple(parts)))
     return groups
+
+
+def layer_factors(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """What each parameter's rate is multiplied with: layer n of L (n + 1 of L numbered modules of one name, such as
+    `blocks.n`) decay^(L - n), embeddings decay^(L + 1) for the deepest L, all others 1."""
+    layers: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        if found := _LAYER.match(name):
+            layers[found[1]] = max(layers.get(found[1], 0), int(found[2]) + 1)
+    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    factors = {}
+    for name, p in model.named_parameters():
+        found = _LAYER.match(name)
+        if p in tables:
+            factors[p] = decay ** (max(layers.values(), default=0) + 1)
+        elif found:
+            factors[p] = decay ** (layers[found[1]] - int(found[2]))
+        else:
+            factors[p] = 1.0
+    return factors
 
 
 def can_fuse(parameters: list[Tensor]) -> bool:

@@ -40,8 +40,11 @@ class Session:
     block_size: int
     """Tokens in a sequence."""
 
-    family: str
-    """The model's: decoder, encoder or encoder_decoder."""
+    use: tuple[str, str] | None
+    """What the model is for and the overrides that do it, for the last line; None: nothing."""
+
+    shown: tuple[str, ...]
+    """The tags that HPARAMS shows of the run."""
 
     bits: str | None
     """What nats over bytes are called, from the objective; None: they mean nothing."""
@@ -66,6 +69,9 @@ class Session:
 
     metrics: dict[str, float] = field(default_factory=dict)
     """Tag -> the latest number, for the terminal and metrics.json."""
+
+    stopped_early: bool = False
+    """Whether the run has ended before its last step because it no longer got better."""
 
     paused: float = 0.0
     """Seconds so far in which no training was done: validation, samples, saving."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,11 +37,15 @@ class BaseTask(LightningModule):
         micro_batch_size: int | None,
         log_every: int,
         flops_per_token: float,
+        freeze: Sequence[str] = (),
         compile: bool = False,
     ) -> None:
+        """`freeze`: parts of the model that are not trained, as names of modules or parameters, or patterns of these
+        (`embed`, `blocks.[0-3]`)."""
         super().__init__()
         if clip_norm is not None and clip_norm <= 0:
             raise UserError(f"task.clip_norm={clip_norm}; expected a positive norm, or null for no clipping.")
+        freeze_parts(model, freeze)
         self.automatic_optimization = False
         self.model = model
         self.build_optimizer = optimizer
@@ -141,6 +146,31 @@ class BaseTask(LightningModule):
             n_bytes=n_bytes.tolist(),
             grad_norm=norm.tolist(),
         )
+
+
+def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters under these names out of training. Raises `UserError` for a name that nothing has, and if
+    nothing is left to train."""
+    names = {prefix for name, _ in model.named_parameters() for prefix in _prefixes(name)}
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            tops = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise UserError(
+                f"task.freeze={pattern}: {type(model).__name__} has no such part; expected a name or a pattern of "
+                f"names that begin with {tops}, such as blocks.0."
+            )
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if any(prefix in found for prefix in _prefixes(name)):
+                p.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"task.freeze={list(patterns)} leaves nothing to train; freeze less.")
+
+
+def _prefixes(name: str) -> list[str]:
+    """blocks.0.norm.weight: blocks, blocks.0, ..."""
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:

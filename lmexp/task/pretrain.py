@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from lmexp.contracts import IGNORE_INDEX, Batch
+from lmexp.contracts import IGNORE_INDEX, Batch, UserError
 from lmexp.metric.language_modeling import LanguageModeling
+from lmexp.model.layers import Head
 from lmexp.task.base import BaseTask, split_batch
 
 
 class Pretrain(BaseTask):
     """A language model under an objective; validation sums the metric over all tokens of the split."""
 
-    def __init__(self, metric: LanguageModeling, **base: Any) -> None:
+    def __init__(self, metric: LanguageModeling, label_smoothing: float, **base: Any) -> None:
+        """`label_smoothing`: share of each target that is spread over all tokens in training; see `Head.smoothing`."""
         super().__init__(**base)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"task.label_smoothing={label_smoothing}; expected a share of at least 0 and less than 1.")
+        if label_smoothing and self.model.head.softcap is not None:  # type: ignore[union-attr]
+            raise UserError(
+                f"task.label_smoothing={label_smoothing} with a model whose logits are capped; set it to 0, or "
+                "model.softcap=null."
+            )
+        self.label_smoothing = label_smoothing
         self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
         self.measured: dict[str, float] = {}
         """What the last pass over a split gave, with `tokens`, how many were scored."""
@@ -29,12 +39,15 @@ class Pretrain(BaseTask):
     def loss_sum(self, batch: Batch) -> Tensor:
         return self._loss(batch, "sum")
 
-    def _loss(self, batch: Batch, reduction: str) -> Tensor:
+    def _loss(self, batch: Batch, reduction: Literal["sum", "none"]) -> Tensor:
         hidden = self.model(**batch["inputs"])  # (B, T, D)
         if "scored" in batch:
             hidden = hidden.gather(1, batch["scored"][..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, D)
-        labels = batch["labels"].flatten()
-        return self.model.head.loss(hidden.flatten(0, 1), labels, reduction=reduction)  # type: ignore[operator, union-attr]
+        labels, head = batch["labels"].flatten(), cast(Head, self.model.head)
+        loss = head.loss(hidden.flatten(0, 1), labels, reduction=reduction)
+        if self.label_smoothing and reduction == "sum":
+            loss = loss + self.label_smoothing * head.smoothing(hidden.flatten(0, 1), labels)
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         self.metric.to(self.device)

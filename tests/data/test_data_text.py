@@ -30,7 +30,9 @@ class Causal:
 
     families = ("decoder",)
     bits = "bits_per_byte"
-    special_tokens = ()
+
+    def special_tokens(self, family):
+        return ()
 
     def sample_length(self, block_size):
         return block_size + 1

@@ -43,7 +43,7 @@ def test_positions_start_again_in_each_document() -> None:
 
 
 def test_rearranging_is_undone_by_reading_the_parts_in_order() -> None:
-    tokenizer = ByteTokenizer().with_roles(CausalLM(fim_rate=0.5).special_tokens)
+    tokenizer = ByteTokenizer().with_roles(CausalLM(fim_rate=0.5).special_tokens("decoder"))
     pre, mid, suf = (tokenizer.roles[f"fim_{name}"] for name in ("prefix", "middle", "suffix"))
     counts = {"plain": 0, "psm": 0, "spm": 0}
     settings = CausalLM(fim_rate=0.5, fim_spm_rate=0.25)

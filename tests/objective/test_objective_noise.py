@@ -28,7 +28,7 @@ N = 10_000
 
 
 def tokenizer_for(objective):
-    return ByteTokenizer().with_roles(objective.special_tokens)
+    return ByteTokenizer().with_roles(objective.special_tokens(objective.families[0]))
 
 
 def text(tokenizer, index, length, eos=0.05, **more):
@@ -101,7 +101,7 @@ def test_whole_words_are_masked_whole() -> None:
     texts = ["the internationalisation of miscellaneous configurations, undoubtedly necessary."] * 30
     for config in (BPE(vocab_size=290), WordPiece(vocab_size=110), Unigram(vocab_size=100)):
         objective = MaskedLM(rate=0.5, whole_word=True, cls=False, mask_share=1.0, random_share=0.0)
-        tokenizer = config.train(iter(texts)).with_roles(objective.special_tokens)
+        tokenizer = config.train(iter(texts)).with_roles(objective.special_tokens(objective.families[0]))
         (ids,) = tokenizer.encode(texts[:1])
         begins, ends = word_edges(tokenizer)
         word = np.concatenate(([0], (~(begins[ids[1:]] & ends[ids[:-1]])).cumsum()))

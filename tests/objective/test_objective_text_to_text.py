@@ -27,7 +27,7 @@ MODELS = {
 
 
 def tokenizer() -> Any:
-    return Byte().train(iter(())).with_roles(TextToText().special_tokens)
+    return Byte().train(iter(())).with_roles(TextToText().special_tokens("decoder"))
 
 
 def sample(tokens: Any, index: int, source: str, target: str) -> Sample:

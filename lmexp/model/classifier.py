@@ -1,0 +1,46 @@
+"""A head that tells what a text is, in place of the one over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pooling = Literal["first", "mean", "last"]
+POOLINGS = ("first", "mean", "last")
+
+
+def pool(hidden: Tensor, documents: Tensor, count: int, pooling: Pooling) -> Tensor:
+    """One vector for each text of a row: hidden (B, T, D) and documents (B, T), which text each position is of, give
+    (B, count, D); `first` or `last` position, or the `mean` of all. Texts that are not there get what is finite."""
+    of = documents[:, None, :] == torch.arange(count, device=documents.device)[None, :, None]  # (B, count, T)
+    if pooling == "mean":
+        share = of.to(hidden.dtype)
+        return (share @ hidden) / share.sum(-1, keepdim=True).clamp_min(1)
+    end = documents.shape[1] - 1
+    places = of.int().argmax(-1) if pooling == "first" else end - of.flip(-1).int().argmax(-1)
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+class ClassifierHead(nn.Module):
+    """Logits of classes from a text's vector: dropout, tanh(x W + b), dropout, x V + c, as BERT's and RoBERTa's
+    released classifiers; without `hidden` the last two only."""
+
+    def __init__(self, d_model: int, n_classes: int, hidden: bool, dropout: float, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.hidden = nn.Linear(d_model, d_model) if hidden else None
+        self.output = nn.Linear(d_model, n_classes)
+        for layer in (self.hidden, self.output):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=init_std)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits (..., classes) of vectors (..., D)."""
+        if self.hidden is not None:
+            pooled = torch.tanh(self.hidden(F.dropout(pooled, self.dropout, self.training)))
+        logits: Tensor = self.output(F.dropout(pooled, self.dropout, self.training))
+        return logits

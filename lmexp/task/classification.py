@@ -1,0 +1,148 @@
+"""Classification: a language model with a head over classes, minimising -sum log p(label | text)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmexp.contracts import IGNORE_INDEX, Batch, UserError
+from lmexp.metric.classification import ClassificationScores, Predictions
+from lmexp.model.classifier import POOLINGS, ClassifierHead, Pooling, pool
+from lmexp.task.base import BaseTask, split_batch
+
+
+class TextClassification(BaseTask):
+    """Any family with `ClassifierHead` in place of its own head.
+
+    A text has one label, or, where the corpus says so, any number of them, each class then told by itself; the loss of
+    such a text is the sum over classes, and the mean is over texts and classes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        metric: ClassificationScores,
+        pooling: Pooling | None,
+        hidden_layer: bool,
+        dropout: float,
+        class_weights: str | Sequence[float] | None,
+        label_smoothing: float,
+        flops_per_token: float,
+        **base: Any,
+    ) -> None:
+        """`class_weights`: of each class's loss, `balanced`: n / (classes * n of the class); None: all 1."""
+        family: str = model.family
+        if pooling not in (None, *POOLINGS):
+            raise UserError(f"task.pooling={pooling}; expected {', '.join(POOLINGS)} or null.")
+        if pooling == "first" and family != "encoder":
+            raise UserError(
+                f"task.pooling=first with a model of the family {family.replace('_', '-')}: its first position sees "
+                "nothing of what follows; set task.pooling=last or mean."
+            )
+        for name, value in (("dropout", dropout), ("label_smoothing", label_smoothing)):
+            if not 0 <= value < 1:
+                raise UserError(f"task.{name}={value}; expected a share of at least 0 and less than 1.")
+        classes = metric.classes
+        self._check_weights(class_weights, classes)
+        if metric.multilabel and label_smoothing:
+            raise UserError("task.label_smoothing is of texts with one label, and these have several; set it to 0.")
+        # looked up only, when the head that multiplies with it is gone
+        unused = sum(p.numel() for p in model.head.parameters())
+        model.head = ClassifierHead(model.embed.weight.shape[1], len(classes), hidden_layer, dropout)
+        super().__init__(model=model, flops_per_token=flops_per_token - 6.0 * unused, **base)
+        self.pooling: Pooling = pooling or ("first" if family == "encoder" else "last")
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+        self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
+        self._weights: Tensor | None = None
+        self.measured: dict[str, float] = {}
+        """What the last pass over a split gave, with `tokens`, how many texts were scored."""
+        self.predictions: Predictions | None = None
+        """What it told of each text."""
+
+    @property
+    def metric(self) -> ClassificationScores:
+        """What was told of a split."""
+        return self._metric[0]
+
+    @staticmethod
+    def _check_weights(weights: Any, classes: Sequence[str]) -> None:
+        if weights in (None, "balanced"):
+            return
+        fits = not isinstance(weights, str) and len(weights) == len(classes) and all(w >= 0 for w in weights)
+        if not fits or not sum(weights):
+            raise UserError(
+                f"task.class_weights={weights}; expected balanced, null, or {len(classes)} numbers of at least 0, one "
+                f"for each of {', '.join(classes)}."
+            )
+
+    def on_fit_start(self) -> None:
+        weights = self.class_weights
+        if weights is None:
+            return
+        if weights == "balanced":
+            labels = torch.from_numpy(self.trainer.datamodule.labels("train")[0])  # type: ignore[attr-defined]
+            n = len(self.metric.classes)
+            counts = labels.sum(0) if labels.dim() == 2 else torch.bincount(labels, minlength=n)
+            self._weights = (len(labels) / (n * counts.clamp_min(1))).float().to(self.device)
+        else:
+            self._weights = torch.tensor(weights, dtype=torch.float32, device=self.device)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, K, classes) float32, for each text of each row."""
+        inputs = batch["inputs"]
+        hidden = self.model(**inputs)  # (B, T, D)
+        documents = inputs["decoder_documents"] if "decoder_documents" in inputs else inputs["documents"]
+        pooled = pool(hidden, documents, batch["labels"].shape[1], self.pooling)
+        return self.model.head(pooled).float()  # type: ignore[operator]
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        logits, labels = self.logits(batch), batch["labels"]
+        if self.metric.multilabel:
+            losses = F.binary_cross_entropy_with_logits(
+                logits, labels.clamp_min(0).float(), weight=self._weights, reduction="none"
+            )
+            return (losses * (labels != IGNORE_INDEX)).sum()
+        return F.cross_entropy(
+            logits.flatten(0, 1),
+            labels.flatten(),
+            weight=self._weights,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.metric.to(self.device)
+        self.metric.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.no_grad():
+            for micro in split_batch(batch, self.micro_batch_size):
+                texts = (micro["labels"], micro["places"], micro["parts"])
+                self.metric.update(self.logits(micro).flatten(0, 1), *(column.flatten(0, 1) for column in texts))
+
+    def on_validation_epoch_end(self) -> None:
+        """Write the scores of the split under val/, against the optimizer step."""
+        self._measure(intervals=False)
+        values = {f"val/{name}": value for name, value in self.measured.items() if name != "tokens"}
+        self.trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+        if self.logger is not None and self.trainer.state.fn == "fit":
+            self.logger.log_metrics(values, step=self.trainer.global_step)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._measure(intervals=True)
+
+    def _measure(self, intervals: bool) -> None:
+        """Gather from all devices, while they are still connected."""
+        with self.metric.sync_context():
+            self.predictions = self.metric.predictions()
+        self.measured = self.metric.scores(self.predictions, intervals)
+        self.measured["tokens"] = len(self.predictions.labels)
