@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam
 from lmexp.decoding.generate import Sampling, generate
-from lmexp.metric.text_to_text import SCORES, scores, sentence_chrf
+from lmexp.metric import summarization, text_to_text
 from lmexp.objective.text_to_text import TextToText
 
 
@@ -31,6 +31,42 @@ class Answer(NamedTuple):
     source: str
     reference: str
     output: str
+
+
+class Kind(NamedTuple):
+    """How outputs are scored."""
+
+    names: tuple[str, ...]
+    """Of the scores of all together."""
+
+    scores: Callable[[Sequence[str], Sequence[str], Sequence[str], int], dict[str, float]]
+    """Of outputs, references and sources, with so many resamples for intervals."""
+
+    name: str
+    """Of the score of a single one."""
+
+    of_each: Callable[[Sequence[Answer]], list[float]]
+
+    signature: Callable[[], str | None]
+    """What to cite with the scores."""
+
+
+_KINDS = {
+    "translation": Kind(
+        text_to_text.SCORES,
+        lambda outputs, references, sources, bootstrap: text_to_text.scores(outputs, references, bootstrap),
+        "chrF",
+        lambda answers: [text_to_text.sentence_chrf(a.output, a.reference) for a in answers],
+        text_to_text.signatures,
+    ),
+    "summarization": Kind(
+        summarization.SCORES,
+        summarization.scores,
+        "rougeL",
+        lambda answers: summarization.rouge([a.output for a in answers], [a.reference for a in answers])["rougeL"],
+        lambda: None,
+    ),
+}
 
 
 def write_for(
@@ -65,12 +101,11 @@ class Answers(Scoring):
     Each pair is decoded once, by one device; the scores are of all of them. Everything written stands in `latest`.
     """
 
-    names = SCORES
-    """What is measured under val/."""
-
     sampling: Sampling | Beam
 
-    def __init__(self, examples: int | None, batch_size: int, shown: int, bootstrap: int) -> None:
+    def __init__(self, score: str, examples: int | None, batch_size: int, shown: int, bootstrap: int) -> None:
+        if score not in _KINDS:
+            raise UserError(f"callback.answers.score={score}; expected {' or '.join(_KINDS)}.")
         for name, value, least in (
             ("examples", 1 if examples is None else examples, 1),
             ("batch_size", batch_size, 1),
@@ -81,6 +116,9 @@ class Answers(Scoring):
                 raise UserError(f"callback.answers.{name}={value}; expected a whole number of at least {least}.")
         if bootstrap == 1:
             raise UserError("callback.answers.bootstrap=1; one resample has no interval: expected 0, or some hundreds.")
+        self.kind = _KINDS[score]
+        self.names = self.kind.names
+        """What is measured under val/."""
         self.examples = examples
         self.batch_size = batch_size
         self.shown = shown
@@ -111,8 +149,8 @@ class Answers(Scoring):
             shares = [None] * trainer.world_size
             dist.all_gather_object(shares, own)
         self.latest = sorted(answer for share in shares for answer in share)
-        outputs, references = [a.output for a in self.latest], [a.reference for a in self.latest]
-        self.measured = scores(outputs, references, bootstrap)
+        columns = [a.output for a in self.latest], [a.reference for a in self.latest], [a.source for a in self.latest]
+        self.measured = self.kind.scores(*columns, bootstrap)
 
     def _answers(self, model: Any, split: str, most: int | None) -> list[Answer]:
         data, tokenizer = self.data, self.data.tokenizer
@@ -126,11 +164,12 @@ class Answers(Scoring):
         return answers
 
     def records(self) -> list[dict[str, Any]]:
-        return [{**a._asdict(), "chrf": round(sentence_chrf(a.output, a.reference), 2)} for a in self.latest]
+        of_each = self.kind.of_each(self.latest)
+        return [{**a._asdict(), self.kind.name: round(score, 2)} for a, score in zip(self.latest, of_each, strict=True)]
 
     def ranked(self) -> list[tuple[float, Answer]]:
-        """The answers by their own chrF, the worst first."""
-        scored = [(sentence_chrf(a.output, a.reference), a) for a in self.latest]
+        """The answers by their own score, the worst first."""
+        scored = zip(self.kind.of_each(self.latest), self.latest, strict=True)
         return sorted(scored, key=lambda pair: (pair[0], pair[1].place))
 
     def _extremes(self) -> list[tuple[float, Answer]]:
@@ -143,12 +182,15 @@ class Answers(Scoring):
         """The worst and the best as a table for TensorBoard."""
         cells = ([f"{score:.0f}", a.source, a.reference, a.output] for score, a in self._extremes())
         lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in cells]
-        return "\n".join(["| chrF | source | reference | output |", "|---:|---|---|---|", *(f"| {x} |" for x in lines)])
+        return "\n".join(
+            [f"| {self.kind.name} | source | reference | output |", "|---:|---|---|---|", *(f"| {x} |" for x in lines)]
+        )
 
     def table(self) -> Table:
         """The same for the terminal."""
-        table = Table(title="Worst and best", title_justify="left", show_lines=True)
-        table.add_column("chrF", justify="right")
+        table = Table(title="Worst and best", title_justify="left", show_lines=True, caption=self.kind.signature())
+        table.caption_justify = "left"
+        table.add_column(self.kind.name, justify="right")
         for name in ("source", "reference", "output"):
             table.add_column(name)
         for score, a in self._extremes():

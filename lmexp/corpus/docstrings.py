@@ -233,7 +233,7 @@ class Docstrings(Parted):
             return None
         body = _tidied(whole)
         for text in (summary, body):
-            foreign = sum(character > "\x7f" for character in text)
+            foreign = len(text) - len(text.encode("ascii", "ignore"))
             if foreign > _FOREIGN * len(text) or not text.replace("\n", "").isprintable():
                 return None
         return Pair(module, body, summary)

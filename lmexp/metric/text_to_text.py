@@ -1,21 +1,27 @@
-"""How near outputs come to references: BLEU and chrF as sacrebleu counts them, and plain counts."""
+"""How near outputs come to references: BLEU, chrF and TER as sacrebleu counts them, and plain counts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-SCORES = ("bleu", "chrf", "exact_match", "length_ratio")
+import numpy as np
+
+from lmexp.metric.summarization import bootstrap as mean_interval
+
+SCORES = ("bleu", "chrf", "ter", "exact_match", "length_ratio")
 """What `scores` gives."""
 
 
 def scores(outputs: Sequence[str], references: Sequence[str], bootstrap: int = 0) -> dict[str, float]:
-    """Over all pairs together: `bleu` (Papineni et al. 2002) and `chrf` (Popovic 2015), 0 to 100, with sacrebleu's
-    default settings (Post 2018), `exact_match`, the share of outputs that are their reference, and `length_ratio`,
-    words of outputs to words of references.
+    """Over all pairs together: `bleu` (Papineni et al. 2002) and `chrf` (Popovic 2015), 0 to 100, and `ter` (Snover et
+    al. 2006), edits for 100 words, lower is better, with sacrebleu's default settings (Post 2018); `exact_match`, the
+    share of outputs that are their reference, and `length_ratio`, words of outputs to words of references.
 
-    With `bootstrap` resamples of the pairs also `bleu_ci`, half the width of its 95 % confidence interval (Koehn 2004).
+    With `bootstrap` resamples of the pairs also `bleu_ci` and so on, half the widths of their 95 % intervals (Koehn
+    2004).
     """
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics import BLEU, CHRF, TER
 
     assert len(outputs) == len(references)
     if not outputs:
@@ -25,11 +31,25 @@ def scores(outputs: Sequence[str], references: Sequence[str], bootstrap: int = 0
     result["bleu"] = float(bleu.score)
     if bootstrap:
         result["bleu_ci"] = float(bleu._ci)
-    result["chrf"] = float(CHRF().corpus_score(list(outputs), [list(references)]).score)
+    for name, metric in (("chrf", CHRF()), ("ter", TER())):
+        # sacrebleu's own resampling fails for counts that are not all whole (release 2.6)
+        counts = np.array(metric._extract_corpus_statistics(list(outputs), [list(references)]), dtype=np.float64)
+        result[name] = float(metric._compute_score_from_stats(counts.sum(0).tolist()).score)
+        if bootstrap:
+            result[f"{name}_ci"] = _half_width(metric, counts, bootstrap)
     result["exact_match"] = sum(o == r for o, r in zip(outputs, references, strict=True)) / len(outputs)
+    if bootstrap:
+        result["exact_match_ci"] = mean_interval([o == r for o, r in zip(outputs, references, strict=True)], bootstrap)
     words = sum(len(reference.split()) for reference in references)
     result["length_ratio"] = sum(len(output.split()) for output in outputs) / max(1, words)
     return result
+
+
+def _half_width(metric: Any, counts: np.ndarray, resamples: int) -> float:
+    rng = np.random.default_rng(0)
+    drawn = (counts[rng.integers(len(counts), size=len(counts))].sum(0) for _ in range(resamples))
+    low, high = np.percentile([metric._compute_score_from_stats(sums.tolist()).score for sums in drawn], (2.5, 97.5))
+    return float(high - low) / 2
 
 
 def sentence_chrf(output: str, reference: str) -> float:
@@ -41,10 +61,10 @@ def sentence_chrf(output: str, reference: str) -> float:
 
 def signatures() -> str:
     """What sacrebleu says of how it counts, for papers."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics import BLEU, CHRF, TER
 
     found = []
-    for metric in (BLEU(), CHRF()):
+    for metric in (BLEU(), CHRF(), TER()):
         metric.corpus_score(["a"], [["a"]], n_bootstrap=1)
         found.append(f"{type(metric).__name__}|{metric.get_signature()}")
     return ", ".join(found)

@@ -49,3 +49,13 @@ def test_edges() -> None:
 def test_the_interval_narrows_with_more_pairs() -> None:
     few, many = (scores(OUTPUTS * n, REFERENCES * n, bootstrap=200)["bleu_ci"] for n in (5, 80))
     assert 0 < many < few
+
+
+def test_chrf_and_ter_are_sacrebleus() -> None:
+    import sacrebleu
+
+    for outputs, references in ((OUTPUTS, REFERENCES), (["", "日本語"], ["Grüße", "日本"]), (["a b c"], ["c b a d"])):
+        found = scores(outputs, references, bootstrap=10)
+        assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(outputs, [references]).score)
+        assert found["ter"] == pytest.approx(sacrebleu.corpus_ter(outputs, [references]).score)
+        assert {"chrf_ci", "ter_ci", "exact_match_ci"} <= found.keys()
