@@ -113,7 +113,8 @@ COMPARISON = (
     "{o} {b} {m} more {J-} than {d} {n}",
     "{o} {b} {m} less {J+} than {d} {n}",
     "{o} {b} {m} {C-} than {d} {n}",
-    "I find {d} {n} more {J+} than {o}",
+    "I find {d} {n} {m} more {J+} than {o}",
+    "I find {o} {m} more {J-} than {d} {n}",
     "{d} {n} is not as {J-} as {o}",
     "{o} is not as {J+} as {d} {n}",
     "compared with {o}, {d} {n} {b} {J+}",
@@ -134,12 +135,14 @@ CONTRAST = (
     "{x-}. However, {y+}",
     "{x-}, yet {y+}",
     "{x-}; still, {y+}",
+    "{x-} and {x-}; still, {y+}",
     "although {x-}, {y+}",
     "while {x-}, {y+}",
     "despite the {J-} {a}, {y+}",
+    "despite the {J-} {a} and the {J-} {a}, {y+}",
     "{y+}, although {x-}",
+    "{y+}, although {x-} and {x-}",
     "{y+}, even though {x-}",
-    "{y+}, and that although {x-}",
     "{y+} despite the {J-} {a}",
     "{y+} in spite of the {J-} {a}",
     "I expected a {N-}, yet I am {F+}",
@@ -160,7 +163,6 @@ HELD_OUT = (
     "by no means is the {a} {J-}",
     "I {h} find the {a} {J-}",
     "nobody thinks that the {a} {b} {J-}",
-    "{d} {n} {b} more {J+} and less {J-} than {o}",
     "I find {o} {m} less {J+} than {d} {n}",
     "it is a {m} less {J-} {n} than {o}",
     "no other {n} could be more {J+} than this one",
@@ -181,10 +183,7 @@ def _words(negative: str, positive: str) -> Words:
     return tuple(negative.split(", ")), tuple(positive.split(", "))
 
 
-_RIVALS = (
-    *("the {n} at work", "the one at work", "my last {n}", "my last one", "the old {n}", "the old one"),
-    *("the previous {n}", "the previous one", "the {n} that I had before"),
-)
+_RIVALS = ("the old one", "my last one", "the previous one", "the one at work", "the one that I had before")
 WORDS: dict[str, Words] = {
     "J": _words(  # adjectives that have degrees and can be negated
         "annoying, awkward, boring, brittle, careless, clumsy, confusing, crude, cumbersome, disappointing, faulty, "
@@ -409,9 +408,10 @@ class _Draw:
         usable = {*self._words, "x", "y"}
         *self._clauses, contrast = (
             [template for template in family if set(re.findall(r"\{(\w)[+-]", template)) <= usable]
-            for family in (PLAIN, PLAIN, NEGATION, COMPARISON, CONTRAST)
+            for family in (PLAIN, PLAIN, PLAIN, PLAIN, NEGATION, NEGATION, COMPARISON, COMPARISON, CONTRAST)
         )
-        known = [*self._clauses, contrast, contrast]  # which has many more sentences
+        self._asides = [template for template in self._clauses[0] if "{a}" in template]
+        known = [*self._clauses, contrast, contrast, contrast, contrast]  # which has many more sentences
         self._opinions = [HELD_OUT] if _GROUPS[group] == "templates" else known
         self._second = 0.0 if _GROUPS[group] == "templates" else 0.2  # a known template would help there
 
@@ -436,11 +436,8 @@ class _Draw:
         self._templates.append(template)
         return self._fill(template, label)
 
-    def _clause(self, about: str = "") -> str:
-        """A clause that has a slot."""
-        while about not in (template := self._one(self._one(self._clauses))):
-            pass
-        return template
+    def _clause(self) -> str:
+        return self._one(self._one(self._clauses))
 
     def _fill(self, template: str, label: int) -> str:
         """The template with words, those of sentiment and the aspects not said before as far as there are others."""
@@ -451,7 +448,7 @@ class _Draw:
             if kind == "n":
                 return self._product
             if kind in ("x", "y"):
-                return self._opinion(self._clause("{a}" if kind == "x" else ""), polarity)
+                return self._opinion(self._one(self._asides) if kind == "x" else self._clause(), polarity)
             among: Sequence[str] = self._words[kind][polarity] if sign else OTHERS[kind]
             if sign or kind == "a":
                 among = [chosen for chosen in among if chosen not in self._said] or among

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lmexp.contracts import UserError
-from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of
+from lmexp.decoding.steps import Constraints, begun, check_lengths, fitting_threads, steps_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ def beam_search(
     Every step looks at the 2 * `beams` likeliest next tokens of a row's texts together, so that as many texts go on
     as before however many end; one ends where it is among the `beams` likeliest. Rows that are done leave the batch.
     """
+    with fitting_threads(model, len(prompts) * beam.beams):
+        return _search(model, prompts, beam, eos_id, vocab_size)
+
+
+def _search(
+    model: Any, prompts: Sequence[Sequence[int]], beam: Beam, eos_id: int | None, vocab_size: int
+) -> list[list[tuple[float, list[int]]]]:
     steps = steps_of(model, prompts, beam.max_new_tokens)
     constraints = Constraints(beam.min_new_tokens, beam.no_repeat_ngram)
     before = begun(model, prompts)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam, beam_search
-from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of
+from lmexp.decoding.steps import Constraints, begun, check_lengths, fitting_threads, steps_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def generate(
                 for token in tokens:
                     on_token(row, token)  # type: ignore[misc]
             return rows
-        return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
+        with fitting_threads(model, len(prompts)):
+            return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
     finally:
         model.train(was_training)
 

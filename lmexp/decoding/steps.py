@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,6 +110,7 @@ class _Answers:
         self.memory = model.encode(tokens, **more)
         self.cache: Any = model.new_cache(len(prompts), self.most, device, _dtype(weight))
         self.last = torch.full((len(prompts),), model.decoder_start_id, dtype=torch.int64, device=device)
+        self.prompts = torch.arange(len(prompts), device=device)  # of each row
 
     def logits(self) -> Tensor:
         more = {}
@@ -121,10 +123,34 @@ class _Answers:
         self.last = tokens
 
     def select(self, rows: Tensor) -> None:
-        self.last, self.memory = self.last[rows], self.memory[rows]
+        self.last = self.last[rows]
+        prompts = self.prompts[rows]
+        if torch.equal(prompts, self.prompts):  # another text of the same prompt: what was read of it stays
+            self.cache.select_written(rows)
+            return
+        self.prompts, self.memory = prompts, self.memory[rows]
         if self.documents is not None:
             self.documents = self.documents[rows]
         self.cache.select(rows)
+
+
+_WORTH_THREADS = 2**27
+"""Multiplications of a step from which on a CPU's threads save more than waiting for one another costs."""
+
+
+@contextmanager
+def fitting_threads(model: Any, rows: int) -> Iterator[None]:
+    """On a CPU one thread, where a step of so many rows is little work."""
+    threads = torch.get_num_threads()
+    work = rows * sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    small = next(model.parameters()).device.type == "cpu" and work < _WORTH_THREADS
+    if small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if small:
+            torch.set_num_threads(threads)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
@@ -147,15 +173,17 @@ class Constraints:
     def __call__(self, scores: Tensor, texts: Sequence[Sequence[int]], written: int, eos_id: int | None) -> Tensor:
         """`scores` (rows, V) with minus infinity where a token is forbidden after `texts`, of which `written` tokens
         are new. Where all are forbidden, none is."""
-        free, scores = scores, scores.clone()
+        banned = [[] if self.no_repeat_ngram is None else completions(text, self.no_repeat_ngram) for text in texts]
         if eos_id is not None and written < self.min_new_tokens:
-            scores[:, eos_id] = -torch.inf
-        if self.no_repeat_ngram is not None:
-            for row, text in enumerate(texts):
-                banned = completions(text, self.no_repeat_ngram)
-                if banned:
-                    scores[row, banned] = -torch.inf
-        return torch.where((scores == -torch.inf).all(-1, keepdim=True), free, scores)
+            banned = [[*row, eos_id] for row in banned]
+        if not any(banned):
+            return scores
+        kept = scores.clone()
+        rows = [number for number, row in enumerate(banned) for _ in row]
+        kept[rows, [token for row in banned for token in row]] = -torch.inf
+        if min(len(row) for row in banned) == 1 and self.no_repeat_ngram is None:
+            return kept  # the end alone is forbidden
+        return torch.where((kept == -torch.inf).all(-1, keepdim=True), scores, kept)
 
 
 def completions(text: Sequence[int], n: int) -> list[int]:

@@ -240,6 +240,8 @@ class Past:
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[rows])
 
+    select_written = select  # what was read is part of `past`
+
 
 class LogitsHead(nn.Module):
     """Takes logits for hidden states; `weight` (V, D) is the network's own, for others to see."""

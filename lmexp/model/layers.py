@@ -153,6 +153,8 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
+        if len(rows) == self.keys.shape[1] and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            return
         seen = slice(0, self.length)
         shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
         for name in ("keys", "values"):
@@ -211,8 +213,12 @@ class CrossCache(KVCache):
         """Of each layer, keys and values (B, H, S, E)."""
 
     def select(self, rows: Tensor) -> None:
-        super().select(rows)
+        self.select_written(rows)
         self.cross = [(keys[rows], values[rows]) for keys, values in self.cross]
+
+    def select_written(self, rows: Tensor) -> None:
+        """As `select`, where each row stays with the memory that it has."""
+        super().select(rows)
 
 
 class Across(NamedTuple):

@@ -241,8 +241,8 @@ class T5Cache(CrossCache):
 
     positions: Tensor | None = None
 
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
+    def select_written(self, rows: Tensor) -> None:
+        super().select_written(rows)
         if self.positions is not None:
             self.positions = self.positions[rows]
 
