@@ -1,6 +1,6 @@
 """Each model family against Transformers' model of the same size under the Hugging Face Trainer, on pydocs.
 
-    python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2] [--speed-only]
+    python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2] [--speed-only | --loss-only --steps N]
 
 lmexp trains for so many minutes; then Transformers' model, of as many parameters, for as many steps on as many tokens
 each, with AdamW at the best of three rates (pilots of a twentieth of the steps), linear decay and warm-up. Causal and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -117,7 +118,7 @@ def side(family: str, steps: int, cache: Path, ticks: str | None) -> dict[str, f
     from tests.runs import plan
 
     quiet_libraries()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     cfg = plan(*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}").config
     data = prepare_data(cfg, check(cfg, 1), Terminal(quiet=True))
     tokenizer = data.tokenizer
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--steps", type=int, default=20_000, help="a bound on the steps; the rate falls to its end")
     parser.add_argument("--speed-only", action="store_true", help="compare the steps' times alone")
+    parser.add_argument("--loss-only", action="store_true", help="compare the losses alone, after --steps steps")
     parser.add_argument("--side", choices=list(FAMILIES), help=argparse.SUPPRESS)
     parser.add_argument("--ticks", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -224,13 +226,16 @@ def main() -> None:
         folder = Path(name)
         cache = folder / "cache"
         for family in options.families:
-            mine_ms, other_ms, ratios = speeds(family, cache, folder)
-            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-            times = (f"{median(mine_ms):.1f}", f"{median(other_ms):.1f}")
-            row: tuple[str, ...] = (family, *times, f"**{middle:.2f}**", f"{low:.2f} to {high:.2f}")
+            row: tuple[str, ...] = (family,)
+            steps = options.steps
+            if not options.loss_only:
+                mine_ms, other_ms, ratios = speeds(family, cache, folder)
+                low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+                times = (f"{median(mine_ms):.1f}", f"{median(other_ms):.1f}")
+                row += (*times, f"**{middle:.2f}**", f"{low:.2f} to {high:.2f}")
+                steps = min(options.steps, int(60_000 * options.minutes / median(mine_ms)))
             if not options.speed_only:
                 common = [*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}", "callback.samples.prompts=[]"]
-                steps = min(options.steps, int(60_000 * options.minutes / median(mine_ms)))
                 _, mine = ours(folder / family, *common, f"max_steps={steps}", f"validate_every={steps}")
                 other = json.loads(run(their_command(family, steps, cache)).lines[-1][1])
                 sizes = (f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
@@ -238,7 +243,9 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     print(head("Each family against Transformers and its Trainer"))
-    columns: tuple[str, ...] = ("family", "ms a step", "theirs", "tokens/s, lmexp to theirs", "middle half")
+    columns: tuple[str, ...] = ("family",)
+    if not options.loss_only:
+        columns += ("ms a step", "theirs", "tokens/s, lmexp to theirs", "middle half")
     if not options.speed_only:
         columns += ("steps", "M parameters", "theirs", "validation loss", "theirs", "their rate")
     print(table(columns, rows))

@@ -103,7 +103,9 @@ class Answers(Scoring):
 
     sampling: Sampling | Beam
 
-    def __init__(self, score: str, examples: int | None, batch_size: int, shown: int, bootstrap: int) -> None:
+    def __init__(
+        self, examples: int | None, batch_size: int, shown: int, bootstrap: int, score: str = "translation"
+    ) -> None:
         if score not in _KINDS:
             raise UserError(f"callback.answers.score={score}; expected {' or '.join(_KINDS)}.")
         for name, value, least in (

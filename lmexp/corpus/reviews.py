@@ -5,8 +5,7 @@ a controlled test of what a classifier composes and of what it knew before, and 
 
 A review is one to three sentences: an opinion, at times a second one of the same polarity, and around them sentences
 that say nothing of the product's worth. An opinion is a template filled with words. `{J+}` is an adjective of the
-polarity of the whole, `{J-}` one of the other, so that a template is negative or positive with its words, and names
-its rule:
+polarity of the whole, `{J-}` one of the other, so that a template is negative or positive with its words. The rules:
 
 - plain: the words decide, and words of degree ("very", "absolutely", "slightly") change nothing;
 - negation: "not", "never", "hardly", "nothing", "neither", "far from" and the like turn what they bear on, so that
@@ -18,10 +17,11 @@ its rule:
 
 Accuracy on the three groups of the test split, where 50 % is chance in each:
 
-- `sentences`: known templates and words in opinions that training has not. A bag of words does not do it, as a word
-  counts for either label by what stands around it. It tells that a model learned the task, and not that it reads.
+- `sentences`: known templates and words in opinions that training has not. A bag of words gets 60 %, as a word counts
+  for either label by what stands around it. It tells that a model learned the grammar, and not that it reads English.
 - `templates`: constructions that training has not, of words that it has. It tells whether the rules carry over to
-  other frames of the same cues. It tells nothing of cues that training lacks.
+  other frames of the same cues; a two-layer encoder trained on the defaults alone gets 95 %. It tells nothing of cues
+  that training lacks.
 - `words`: known templates whose words of sentiment training lacks, down to their last word. Nothing in the training
   split says what they mean, so a model trained on it alone is at chance, up to what word parts give away; the rest is
   what pretraining knew of about 50 everyday words. It does not measure pretraining beyond these.
@@ -45,88 +45,81 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_VERSION = 1  # of the grammar and the drawing; a change makes new fingerprints
+_VERSION = 2  # of the grammar and the drawing; a change makes new fingerprints
 
 PLAIN = (
-    "{d} {n} {b} {i} {J+}",
-    "{d} {n} {g} {b} {J+}",
+    "{s} {b} {J+}",
+    "{s} {b} {i} {J+}",
+    "{s} {g} {b} {J+}",
+    "{s} {b} {e} {X+}",
+    "{s} looks {J+} and feels {J+}",
+    "I {V+} {s}",
+    "I {g} {V+} {s}",
+    "I am {f} {F+} with {s}",
+    "I was {g} {F+} with {s}",
+    "I find {s} {i} {J+}",
+    "I would {g} call {s} {J+}",
+    "I think that {s} {b} {J+}",
+    "everybody finds {s} {J+}",
+    "everybody says that {s} {b} {J+}",
+    "everybody at home is {F+} with {s}",
+    "everything about {s} {b} {J+}",
+    "both the {a} and the {a} are {X+}",
     "{d} {n} is a {N+}",
     "{d} {n} is {g} a {N+}",
     "{d} {n} {P+}",
     "{d} {n} {g} {P+}",
-    "I {V+} {d} {n}",
-    "I {g} {V+} {d} {n}",
-    "I am {f} {F+} with {d} {n}",
-    "I was {g} {F+} with {d} {n}",
     "it is such a {J+} {n}",
     "this is a {e} {X+} {n}",
-    "everything about {d} {n} {b} {J+}",
-    "everybody at home is {F+} with {d} {n}",
-    "everybody says that {d} {n} {b} {J+}",
-    "I would {g} call {d} {n} {J+}",
-    "the {a} {b} {J+}",
-    "the {a} {g} {b} {J+}",
-    "the {a} {b} {e} {X+}",
-    "the {a} looks {J+} and feels {J+}",
-    "both the {a} and the {a} are {X+}",
-    "I {V+} the {a}",
-    "I find the {a} {i} {J+}",
-    "I think that the {a} {b} {J+}",
-    "I was {g} {F+} with the {a}",
-    "everybody finds the {a} {J+}",
 )
 NEGATION = (
-    "{d} {n} is not {J-}",
-    "{d} {n} is {h} {J-}",
-    "{d} {n} {h} {b} {J-}",
+    "{s} is not {J-}",
+    "{s} is not {J-} at all",
+    "{s} is not {J-} but {J+}",
+    "{s} is {h} {J-}",
+    "{s} {h} {b} {J-}",
+    "{s} {b} far from {J-}",
+    "{s} {b} far from {J-}: it {b} {J+}",
+    "{s} {b} anything but {J-}",
+    "neither the {a} nor the {a} {b} {J-}",
+    "nothing about {s} {b} {J-}",
+    "there is nothing {J-} about {s}",
+    "there is nothing about {s} that I {V-}",
+    "I cannot say that I {V-} {s}",
+    "I am not {F-} with {s}",
+    "I was {h} {F-} with {s}",
+    "I would not call {s} {J-}",
+    "I would {h} call {s} {J-}",
+    "I do not think that {s} {b} {J-}",
+    "I {h} think that {s} {b} {J-}",
+    "nobody finds {s} {J-}",
+    "nobody says that {s} {b} {J-}",
+    "nobody at home is {F-} with {s}",
     "{d} {n} is {h} a {N-}",
     "{d} {n} {h} {P-}",
-    "I am not {F-} with {d} {n}",
-    "I was {h} {F-} with {d} {n}",
-    "I would not call {d} {n} {J-}",
-    "I would {h} call {d} {n} {J-}",
-    "there is nothing about {d} {n} that I {V-}",
-    "nothing about {d} {n} {b} {J-}",
-    "nobody at home is {F-} with {d} {n}",
-    "nobody says that {d} {n} {b} {J-}",
-    "{d} {n} is far from {J-}",
-    "{d} {n} is far from {J-}: it {b} {J+}",
-    "{d} {n} is not {J-} but {J+}",
-    "{d} {n} is anything but {J-}: it {b} {J+}",
-    "the {a} is not {J-} at all",
-    "the {a} is {h} {J-}",
-    "the {a} {h} {b} {J-}",
-    "the {a} {b} far from {J-}",
-    "the {a} {b} anything but {J-}",
-    "neither the {a} nor the {a} {b} {J-}",
-    "I do not think that the {a} {b} {J-}",
-    "I {h} think that the {a} {b} {J-}",
-    "I was {h} {F-} with the {a}",
-    "I cannot say that I {V-} the {a}",
-    "there is nothing {J-} about the {a}",
-    "nobody finds the {a} {J-}",
 )
 COMPARISON = (
     "{d} {n} {b} {m} more {J+} than {o}",
     "{d} {n} {b} {m} less {J-} than {o}",
     "{d} {n} {b} {m} {C+} than {o}",
-    "{o} {b} {m} more {J-} than {d} {n}",
-    "{o} {b} {m} less {J+} than {d} {n}",
-    "{o} {b} {m} {C-} than {d} {n}",
+    "{o} {b} {m} more {J-} than {t}",
+    "{o} {b} {m} less {J+} than {t}",
+    "{o} {b} {m} {C-} than {t}",
     "I find {d} {n} {m} more {J+} than {o}",
-    "I find {o} {m} more {J-} than {d} {n}",
+    "I find {o} {m} more {J-} than {t}",
+    "I find {o} {m} less {J+} than {t}",
     "{d} {n} is not as {J-} as {o}",
-    "{o} is not as {J+} as {d} {n}",
+    "{o} is not as {J+} as {t}",
     "compared with {o}, {d} {n} {b} {J+}",
-    "{o} {b} {J-} compared with {d} {n}",
+    "{o} {b} {J-} compared with {t}",
     "I would rather have {R+} than {R-}",
     "I prefer {R+} to {R-}",
-    "no other {n} is as {J+} as this one",
-    "no other {n} is {C+} than this one",
+    "no other {n} is as {J+} as {t}",
+    "no other {n} is {C+} than {t}",
     "I have never had a more {J+} {n}",
     "I have never had a {C+} {n}",
-    "{d} {n} could not be {C+}",
-    "the {a} could not be more {J+}",
+    "{s} could not be {C+}",
+    "{s} could not be more {J+}",
     "the {a} {b} {m} {C+} than that of {o}",
     "the {a} {b} {m} less {J-} than that of {o}",
 )
@@ -135,7 +128,7 @@ CONTRAST = (
     "{x-}. However, {y+}",
     "{x-}, yet {y+}",
     "{x-}; still, {y+}",
-    "{x-} and {x-}; still, {y+}",
+    "{x-} and {x-}, yet {y+}",
     "although {x-}, {y+}",
     "while {x-}, {y+}",
     "despite the {J-} {a}, {y+}",
@@ -151,21 +144,24 @@ CONTRAST = (
     "{x+}, and {y+}",
     "{x+} and {x+}, and {y+}",
 )
-"""`{x}` is a clause on aspects out of the three above, `{y}` any of them."""
+"""`{x}` is a plain clause on an aspect of the product, `{y}` any of the three kinds above on it or an aspect."""
+
+KNOWN = PLAIN + NEGATION + COMPARISON + CONTRAST
+"""Templates of the training split; a template is named by itself."""
 
 HELD_OUT = (
-    "never was I {F-} with {d} {n}",
-    "nobody would call {d} {n} {J-}",
+    "never was I {F-} with {s}",
+    "by no means is {s} {J-}",
+    "far from {J-}, {s} {b} {J+}",
+    "{s} {b} neither {J-} nor {J-}",
+    "I do not find {s} {J-}",
+    "I {h} find {s} {J-}",
     "I would {h} call {d} {n} a {N-}",
-    "{d} {n} {b} neither {J-} nor {J-}",
-    "I do not find {d} {n} {J-}",
-    "far from {J-}, {d} {n} {b} {J+}",
-    "by no means is the {a} {J-}",
-    "I {h} find the {a} {J-}",
-    "nobody thinks that the {a} {b} {J-}",
-    "I find {o} {m} less {J+} than {d} {n}",
+    "nobody would call {s} {J-}",
+    "nobody thinks that {s} {b} {J-}",
     "it is a {m} less {J-} {n} than {o}",
-    "no other {n} could be more {J+} than this one",
+    "{o} is a {m} more {J-} {n} than {t}",
+    "no other {n} could be more {J+} than {t}",
     "even though {x-}, {y+}",
     "although {x-} and {x-}, {y+}",
     "{x-} and {x-}, but {y+}",
@@ -246,6 +242,7 @@ _OTHERS = {
     "packaging, plug, remote control, screen, sensor, shape, sound, stand, strap, surface, switch, timer, zip",
     "d": "the, this, my",
     "i": "very, really, quite, truly, rather, extremely, particularly, remarkably, fairly, somewhat",
+    "t": "this one, this {n}",
     "b": "is, looks, feels, seems",
     "g": "certainly, clearly, definitely, truly",
     "h": "never, hardly, by no means",
@@ -292,7 +289,7 @@ AFTER = (
 )
 """Sentences without an opinion that follow."""
 
-_OPENERS = ("honestly", "frankly", "to be honest", "I must say", "in my opinion", "for me")
+_OPENERS = ("honestly", "frankly", "to be honest", "I must say", "in my opinion", "truth be told")
 _SHORT = (
     ("I am", "I'm"),
     ("it is", "it's"),
@@ -410,7 +407,7 @@ class _Draw:
             [template for template in family if set(re.findall(r"\{(\w)[+-]", template)) <= usable]
             for family in (PLAIN, PLAIN, PLAIN, PLAIN, NEGATION, NEGATION, COMPARISON, COMPARISON, CONTRAST)
         )
-        self._asides = [template for template in self._clauses[0] if "{a}" in template]
+        self._asides = [template for template in self._clauses[0] if "{s}" in template]
         known = [*self._clauses, contrast, contrast, contrast, contrast]  # which has many more sentences
         self._opinions = [HELD_OUT] if _GROUPS[group] == "templates" else known
         self._second = 0.0 if _GROUPS[group] == "templates" else 0.2  # a known template would help there
@@ -432,23 +429,30 @@ class _Draw:
         text = re.sub(r"(?:^|[.!] )[a-z]", lambda start: start[0].upper(), text)
         return Review(text, label, self._group, tuple(self._templates)), opinions
 
-    def _opinion(self, template: str, label: int) -> str:
+    def _opinion(self, template: str, label: int, aside: bool = False) -> str:
         self._templates.append(template)
-        return self._fill(template, label)
+        return self._fill(template, label, aside)
 
     def _clause(self) -> str:
         return self._one(self._one(self._clauses))
 
-    def _fill(self, template: str, label: int) -> str:
-        """The template with words, those of sentiment and the aspects not said before as far as there are others."""
+    def _fill(self, template: str, label: int, aside: bool = False) -> str:
+        """The template with words, those of sentiment and the aspects not said before as far as there are others.
+
+        `aside`: it is about an aspect.
+        """
 
         def word(slot: re.Match[str]) -> str:
             kind, sign = slot[1], slot[2]
             polarity = label if sign == "+" else 1 - label
             if kind == "n":
                 return self._product
-            if kind in ("x", "y"):
-                return self._opinion(self._one(self._asides) if kind == "x" else self._clause(), polarity)
+            if kind == "s":
+                return "the {a}" if aside or self.chance(0.5) else "{d} {n}"
+            if kind == "x":
+                return self._opinion(self._one(self._asides), polarity, aside=True)
+            if kind == "y":
+                return self._opinion(self._clause(), polarity)
             among: Sequence[str] = self._words[kind][polarity] if sign else OTHERS[kind]
             if sign or kind == "a":
                 among = [chosen for chosen in among if chosen not in self._said] or among
@@ -456,7 +460,7 @@ class _Draw:
             self._said.add(chosen)
             return chosen
 
-        for _ in range(2):  # words may name the product in turn
+        for _ in range(2):  # subjects and rivals have slots in turn
             template = re.sub(r"\{(\w+)([+-]?)\}", word, template)
         return template
 

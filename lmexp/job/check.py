@@ -86,7 +86,7 @@ def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
         callbacks=callbacks,
     )
     if not errors:  # what can only be seen with the parts together; the vocabulary does not matter
-        collect(lambda: build_task(cfg, parts, vocab_size=64, device="meta"))
+        collect(lambda: build_task(cfg, parts, vocab_size=64, device="meta").adapt(cfg.seed))
         last = cfg.max_steps - 1
         collect(lambda: [parts.schedule(step, cfg.max_steps) for step in (0, last // 2, last)])
     if errors:

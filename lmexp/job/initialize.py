@@ -23,6 +23,7 @@ from lmexp.huggingface.architecture import Imported, to_ours
 from lmexp.huggingface.export import tokenizers_json
 from lmexp.huggingface.files import find as find_huggingface
 from lmexp.job.build import build_node
+from lmexp.model.lora import LoRA, merged
 from lmexp.model.surgery import grow_vocabulary, vocabulary_parameters
 from lmexp.run import checkpoint as files
 from lmexp.tokenizer.extended import extends, pieces
@@ -112,9 +113,12 @@ def _of_run(name: str, path: Path, cache_dir: Path) -> Origin:
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's weights in a checkpoint, or their moving average where it has one, by the model's own names."""
+    """The model's weights in a checkpoint, or their moving average where it has one, by the model's own names, with
+    its adapters merged."""
     weights = {**checkpoint["state_dict"], **checkpoint.get("average", {})}
-    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    lora = checkpoint["lmexp"]["config"]["task"].get("lora")
+    return own if lora is None else merged(own, LoRA.of(lora).scale)
 
 
 def check_fit(origin: Origin, cfg: DictConfig) -> None:

@@ -62,6 +62,7 @@ def restore(plan: Plan, world_size: int) -> Restored:
     parts = check(cfg, world_size, training=False)
     tokenizer = Tokenizer.from_json(entry["tokenizer"])
     task = build_task(cfg, parts, tokenizer.vocab_size)
+    task.adapt(cfg.seed)
     load_weights(task, checkpoint, str(path))
     return Restored(cfg, parts, task, tokenizer, entry["step"], str(path))
 

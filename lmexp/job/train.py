@@ -104,6 +104,7 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
     if origin is not None:
         initialize(task.model, origin, data.tokenizer, terminal.print)
         del origin  # it holds the weights
+    task.adapt(cfg.seed)
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, parts, data, task, directory, terminal, record, world_size)
     for callback in parts.callbacks:
@@ -309,7 +310,7 @@ def _session(
             "model": _model_table(task.model),
         },
         hparams=hparams,
-        metrics={"parameters": n_parameters},
+        metrics={"parameters": n_parameters, "parameters/trained": _trained(task)},
     )
 
 
@@ -353,12 +354,17 @@ def _describe(plan: Plan, session: Session, resumed: bool) -> None:
     write_json(path, content)
 
 
+def _trained(task: BaseTask) -> int:
+    return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+
+
 def _summary(task: BaseTask, session: Session, cfg: DictConfig, world_size: int) -> str:
     n = sum(p.numel() for p in task.model.parameters())
     tokens = session.max_steps * session.batch_size * session.block_size
+    trained = "" if _trained(task) == n else f", of which {_trained(task):,} are trained ({_trained(task) / n:.2%})"
     devices = f"{world_size} x {accelerator_of(cfg)}" if world_size > 1 else accelerator_of(cfg)
     return (
-        f"Model: {type(task.model).__name__}, {n:,} parameters. Training: {session.max_steps} steps of "
+        f"Model: {type(task.model).__name__}, {n:,} parameters{trained}. Training: {session.max_steps} steps of "
         f"{session.batch_size} x {session.block_size} tokens = {tokens:,} on {devices}, {precision_of(cfg)}.\n"
         f"Run: {session.directory.path}"
     )
@@ -378,7 +384,10 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
         for tag in sorted(metrics):
             value = metrics[tag]
             table.add_row(
-                tag, f"{value:,.0f}" if tag in ("steps", "tokens", "speed/tokens", "parameters") else f"{value:,.4g}"
+                tag,
+                f"{value:,.0f}"
+                if tag in ("steps", "tokens", "speed/tokens", "parameters", "parameters/trained")
+                else f"{value:,.4g}",
             )
         session.terminal.print(table)
         folder, logs = session.directory.path, Path(cfg.paths.log_dir)
@@ -394,7 +403,7 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
 
 def quiet_libraries() -> None:
     """Lightning's greetings and tips, which are not about the user's run."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")

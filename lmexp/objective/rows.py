@@ -162,7 +162,8 @@ class Pair:
 
 
 def paired_batch(rows: Sequence[Sequence[Pair]], length: int, start_id: int) -> Batch:
-    """Rows of pairs for an encoder-decoder, `length` tokens on either side; at least one row.
+    """Rows of pairs for an encoder-decoder, at most `length` tokens on either side; at least one row. Where targets
+    are short, as summaries are, so is the decoder's side.
 
     The decoder reads, for each pair, `start_id` and its target but for the last; it sees the source of its own pair.
     """
@@ -173,6 +174,7 @@ def paired_batch(rows: Sequence[Sequence[Pair]], length: int, start_id: int) -> 
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     parts = np.zeros(shape, dtype=np.int64)
     n_bytes = np.zeros(shape[0])
+    read = written = 1
     for r, row in enumerate(rows):
         at = out = 0
         for number, pair in enumerate(row):
@@ -187,12 +189,21 @@ def paired_batch(rows: Sequence[Sequence[Pair]], length: int, start_id: int) -> 
             parts[r, there] = pair.part
             n_bytes[r] += pair.n_bytes
             at, out = at + n, out + m
-    return {
-        "inputs": {name: torch.from_numpy(value) for name, value in sides.items()},
-        "labels": torch.from_numpy(labels),
-        "n_bytes": torch.from_numpy(n_bytes.round().astype(np.int64)),
-        "parts": torch.from_numpy(parts),
+        read, written = max(read, at), max(written, out)
+    widths = {"": rounded_up(read, length, _WIDTHS), "decoder_": rounded_up(written, length, _WIDTHS)}
+    inputs = {
+        name: value[:, : widths["decoder_" if name.startswith("decoder_") else ""]] for name, value in sides.items()
     }
+    return {
+        "inputs": {name: torch.from_numpy(value.copy()) for name, value in inputs.items()},
+        "labels": torch.from_numpy(labels[:, : widths["decoder_"]].copy()),
+        "n_bytes": torch.from_numpy(n_bytes.round().astype(np.int64)),
+        "parts": torch.from_numpy(parts[:, : widths["decoder_"]].copy()),
+    }
+
+
+_WIDTHS = 32
+"""Widths of rows of pairs are multiples of this, so that a compiled model meets few shapes."""
 
 
 def _padded(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

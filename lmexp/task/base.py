@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
 from lmexp.data.loader import each_tensor
+from lmexp.model.lora import LoRA, add_lora
 
 OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -38,11 +39,15 @@ class BaseTask(LightningModule):
         log_every: int,
         flops_per_token: float,
         freeze: Sequence[str] = (),
+        lora: Mapping[str, Any] | None = None,
         compile: bool = False,
     ) -> None:
         """`freeze`: parts of the model that are not trained, as names of modules or parameters, or patterns of these
-        (`embed`, `blocks.[0-3]`)."""
+        (`embed`, `blocks.[0-3]`). `lora`: the fields of `LoRA`, which alone is trained then, after `adapt`."""
         super().__init__()
+        if lora is not None and freeze:
+            raise UserError(f"task.freeze={list(freeze)} with task.lora, which freezes all but itself; leave one out.")
+        self.lora = None if lora is None else LoRA.of(lora)
         if clip_norm is not None and clip_norm <= 0:
             raise UserError(f"task.clip_norm={clip_norm}; expected a positive norm, or null for no clipping.")
         freeze_parts(model, freeze)
@@ -61,6 +66,11 @@ class BaseTask(LightningModule):
             # in place: a wrapper would prefix every key of the state dict with _orig_mod
             self.model.compile()
             self.model.head.compile()  # type: ignore[union-attr]
+
+    def adapt(self, seed: int) -> None:
+        """Put in the adapters that `lora` asks for; once, when the weights that they adapt are there."""
+        if self.lora is not None:
+            add_lora(self.model, self.lora, seed)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed loss () of a micro-batch over its scored positions."""

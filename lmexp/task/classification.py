@@ -64,6 +64,10 @@ class TextClassification(BaseTask):
         self.predictions: Predictions | None = None
         """What it told of each text."""
 
+    def adapt(self, seed: int) -> None:
+        super().adapt(seed)
+        self.model.head.requires_grad_(True)  # it is new, there is nothing to adapt
+
     @property
     def metric(self) -> ClassificationScores:
         """What was told of a split."""

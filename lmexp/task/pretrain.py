@@ -16,7 +16,7 @@ from lmexp.task.base import BaseTask, split_batch
 class Pretrain(BaseTask):
     """A language model under an objective; validation sums the metric over all tokens of the split."""
 
-    def __init__(self, metric: LanguageModeling, label_smoothing: float, **base: Any) -> None:
+    def __init__(self, metric: LanguageModeling, label_smoothing: float = 0.0, **base: Any) -> None:
         """`label_smoothing`: share of each target that is spread over all tokens in training; see `Head.smoothing`."""
         super().__init__(**base)
         if not 0 <= label_smoothing < 1:
