@@ -54,9 +54,12 @@ def run(command: Sequence[str], cwd: Path | None = None, **environment: str) -> 
     return Finished(seconds, lines)
 
 
-def ours(run_dir: Path, *overrides: str) -> tuple[Finished, dict[str, Any]]:
-    """A run of lmexp in its own process, and its metrics.json."""
-    done = run([sys.executable, str(ROOT / "run.py"), f"paths.run_dir={run_dir}", *overrides], cwd=run_dir.parent)
+def ours(
+    run_dir: Path, *overrides: str, prefix: Sequence[str] = (), **environment: str
+) -> tuple[Finished, dict[str, Any]]:
+    """A run of lmexp in its own process, and its metrics.json. `prefix` stands before the command."""
+    command = [*prefix, sys.executable, str(ROOT / "run.py"), f"paths.run_dir={run_dir}", *overrides]
+    done = run(command, cwd=run_dir.parent, **environment)
     return done, json.loads((run_dir / "metrics.json").read_text())
 
 

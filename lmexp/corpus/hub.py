@@ -102,7 +102,7 @@ class Hub:
         elif self.streaming:
             content = [self.name, self.revision]
         else:
-            content = [self._load(split)._fingerprint for split in self.splits]
+            content = [self.table(split)._fingerprint for split in self.splits]
         return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()
 
     def rows(self, split: Split) -> Any:
@@ -112,7 +112,7 @@ class Hub:
                 f"corpus.{split} is null; expected a split of {self.name}, or part of one: "
                 f"data.corpus.{split}='train[:1%]'."
             )
-        rows = self._load(split)
+        rows = self.table(split)
         columns = rows.column_names or list(next(iter(rows), {}))
         if self.column not in columns:
             raise UserError(
@@ -128,7 +128,8 @@ class Hub:
 
         return Dataset.from_dict({"text": list(_joined(rows, re.compile(self.document_start)))})
 
-    def _load(self, split: Split) -> Any:
+    def table(self, split: Split) -> Any:
+        """The split as the data set has it, with all its columns."""
         import datasets
 
         wanted = getattr(self, split)
@@ -184,8 +185,8 @@ class HubTranslation(Parted):
     test: str | None = None
     """The same for test; None: there is none."""
 
-    column: str = "translation"
-    """The column that holds the texts by language."""
+    column: str | None = "translation"
+    """The column that holds the texts by language; None: each is a column of its own."""
 
     languages: tuple[str, ...] = ()
     """The languages, and with them the pairs, in this order; as the column names them."""
@@ -200,7 +201,7 @@ class HubTranslation(Parted):
     """Where content hashes of local folders and rows are kept; downloads stay in the cache of `datasets`."""
 
     def __post_init__(self) -> None:
-        source = (self.name, self.config, self.revision, self.train, self.validation, self.test, self.column)
+        source = (self.name, self.config, self.revision, self.train, self.validation, self.test, self.column or "")
         self._hub = Hub(*source, cache_dir=self.cache_dir)
         check_alpha(self.alpha)
         check_use(self.use)
@@ -225,11 +226,14 @@ class HubTranslation(Parted):
         return rows_of(partial(self._texts, split, language, beside), key, self.cache_dir)
 
     def _texts(self, split: Split, language: str, beside: tuple[str, ...]) -> Iterator[str]:
-        rows = self._hub.rows(split)
-        self._check_column(rows.features["text"])
         empty = True
-        for batch in rows.iter(batch_size=1000):
-            for texts in batch["text"]:
+        for batch in self._table(split).iter(batch_size=1000):
+            rows = (
+                batch["text"]
+                if self.column
+                else (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+            )
+            for texts in rows:
                 if all(((texts or {}).get(name) or "").strip() for name in (language, *beside)):
                     empty = False
                     yield texts[language]
@@ -238,6 +242,23 @@ class HubTranslation(Parted):
                 f"No row of {getattr(self, split)!r} of {self.name} has text in {' and '.join((language, *beside))}; "
                 "expected at least one. Choose other languages or another split."
             )
+
+    def _table(self, split: Split) -> Any:
+        if self.column is not None:
+            rows = self._hub.rows(split)
+            self._check_column(rows.features["text"])
+            return rows
+        if split not in self.splits:
+            self._hub.rows(split)  # says so
+        rows = self._hub.table(split)
+        for language in self.languages:
+            if language not in rows.column_names:
+                raise UserError(
+                    f"{self.name} has no column {language!r}; it has {', '.join(map(repr, rows.column_names))}."
+                    f"{did_you_mean(language, rows.column_names)} Choose two of them: data.corpus.languages=[...], or, "
+                    "where one column holds all texts, data.corpus.column=NAME."
+                )
+        return rows.select_columns(list(self.languages))
 
     def _check_column(self, feature: Any) -> None:
         names = getattr(feature, "languages", None) or (list(feature) if isinstance(feature, dict) else None)

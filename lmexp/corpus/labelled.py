@@ -543,7 +543,7 @@ class LabelledHub(Labelled):
 
     def _load(self, config: str | None, split: Split) -> Any:
         if (config, split) not in self._loaded:
-            self._loaded[config, split] = self._hubs[config]._load(split)
+            self._loaded[config, split] = self._hubs[config].table(split)
         return self._loaded[config, split]
 
     def _title(self, config: str | None, split: Split) -> str:

@@ -195,6 +195,11 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
         return
     if isinstance(objective, TextToText):
         objective.lengths(data.block_size, model.family)
+        if objective.score_source and model.family != "decoder":
+            raise UserError(
+                f"objective.score_source=true, and {type(model).__name__} is an encoder-decoder, which tells nothing of "
+                "the source; set it to false."
+            )
         if isinstance(model, AutoModelSettings):
             raise UserError(
                 f"model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model "

@@ -23,18 +23,23 @@ class TextToText:
     max_target: int | None = None
     """Tokens of the target at most, with its end; null: the block, of a decoder what the source leaves."""
 
+    score_source: bool = False
+    """Of a decoder: the source's tokens are scored too, as in pretraining, which few pairs alone make up for badly."""
+
     families: ClassVar[tuple[Family, ...]] = ("encoder_decoder", "decoder")
     reads_pairs: ClassVar[bool] = True
     reads_texts: ClassVar[bool] = False
     reads_documents: ClassVar[bool] = False
-    bits: ClassVar[str | None] = "target_bits_per_byte"
-    """Of the target given the source."""
-
     def __post_init__(self) -> None:
         for name in ("max_source", "max_target"):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UserError(f"objective.{name}={value}; expected at least 2 tokens, or null.")
+
+    @property
+    def bits(self) -> str:
+        """Of the target given the source, or of both."""
+        return "bits_per_byte" if self.score_source else "target_bits_per_byte"
 
     def special_tokens(self, family: Family) -> tuple[str, ...]:
         return ("sep",) if family == "decoder" else ()
@@ -87,7 +92,7 @@ class _Collate:
         if self.family == "encoder_decoder":
             rows = first_fit([(len(pair.source), len(pair.target)) for pair in pairs], block_size)
             return paired_batch([[pairs[i] for i in row] for row in rows], block_size, self.start_id)
-        pieces = [_piece(pair) for pair in pairs]
+        pieces = [_piece(pair, self.settings.score_source) for pair in pairs]
         rows = first_fit([len(piece.tokens) for piece in pieces], block_size)
         return masked_batch([[pieces[i] for i in row] for row in rows], block_size, block_size)
 
@@ -95,16 +100,15 @@ class _Collate:
         assert sample.pair is not None
         most = self.settings.lengths(block_size, self.family)[1] - 1
         target = sample.pair.tokens[:most]
-        return Pair(
-            self.settings.prompt(sample.tokens, self.tokenizer, self.family, block_size),
-            np.append(target, self.tokenizer.eos_id),
-            float(sample.pair.n_bytes[:most].sum()),
-            sample.part,
-        )
+        source = self.settings.prompt(sample.tokens, self.tokenizer, self.family, block_size)
+        n_bytes = float(sample.pair.n_bytes[:most].sum())
+        if self.settings.score_source:
+            n_bytes += float(sample.n_bytes[: len(source) - 2].sum())
+        return Pair(source, np.append(target, self.tokenizer.eos_id), n_bytes, sample.part)
 
 
-def _piece(pair: Pair) -> Piece:
-    """Both in one text: each token of the target is told at the place before it."""
+def _piece(pair: Pair, score_source: bool) -> Piece:
+    """Both in one text: each token of the target, or of both, is told at the place before it."""
     tokens = np.concatenate((pair.source, pair.target[:-1]))
-    places = np.arange(len(pair.source) - 1, len(tokens))
-    return Piece(tokens, places, pair.target, pair.n_bytes, pair.part)
+    places = np.arange(0 if score_source else len(pair.source) - 1, len(tokens))
+    return Piece(tokens, places, np.append(tokens, pair.target[-1])[places + 1], pair.n_bytes, pair.part)

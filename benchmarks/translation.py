@@ -1,0 +1,183 @@
+"""Multi30k, English to German, from nothing: lmexp beside a Marian model of the same size under Seq2SeqTrainer.
+
+    python benchmarks/translation.py --multi30k FOLDER [--minutes 20] [--together]
+
+`--multi30k` holds train.en, train.de, val.en and val.de. Both sides train for the same time, with the same tokenizer
+(lmexp's), sentences a batch, label smoothing and dropout; Transformers' at the best of three rates (pilots of a
+twentieth of the steps). Then all validation sentences are decoded with beam 4 and scored by sacrebleu. With
+`--together` both train at the same time, each on one core, for twice as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import ROOT, head, ours, table
+
+sys.path.insert(0, str(ROOT))
+
+BATCH, SMOOTHING, DROPOUT, LONGEST = 64, 0.1, 0.1, 64
+RATES = (5e-4, 1e-3, 2e-3)
+PILOT_STEPS = 20
+
+
+def overrides(folder: Path, cache: Path) -> list[str]:
+    """Of lmexp's run."""
+    files = {s: f"{{en: {folder}/{n}.en, de: {folder}/{n}.de}}" for s, n in (("train", "train"), ("validation", "val"))}
+    return [
+        *("experiment=translate_multi30k", "data=parallel_files"),
+        *(f"data.corpus.{split}={source}" for split, source in files.items()),
+        *("trainer=cpu", f"paths.cache_dir={cache}", f"batch_size={BATCH}"),
+        *(f"task.label_smoothing={SMOOTHING}", f"model.dropout={DROPOUT}", "callback.answers.examples=null"),
+    ]
+
+
+def side(folder: Path, tokenizer_file: Path, seconds: float) -> dict[str, Any]:
+    """Transformers' Marian: its parameters, rate, steps, seconds of training and BLEU."""
+    import datasets
+    import sacrebleu
+    import transformers as hf
+
+    from lmexp.tokenizer.tokenizer import Tokenizer
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    shared: Any = Tokenizer.load(tokenizer_file)
+    eos = shared.decode([shared.eos_id])
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=shared.backend, eos_token=eos, pad_token="<pad>")
+    pad = len(tokenizer) - 1
+    assert tokenizer.pad_token_id == pad
+    texts = {
+        name: (folder / name).read_text(encoding="utf-8").splitlines()
+        for name in ("train.en", "train.de", "val.en", "val.de")
+    }
+
+    def ids(names: list[str]) -> list[list[int]]:
+        return [[*row.tolist()[: LONGEST - 1], shared.eos_id] for row in shared.encode(names)]
+
+    train = datasets.Dataset.from_dict({"input_ids": ids(texts["train.en"]), "labels": ids(texts["train.de"])})
+
+    def model_of() -> Any:
+        torch.manual_seed(1)
+        return hf.MarianMTModel(
+            hf.MarianConfig(
+                vocab_size=len(tokenizer),
+                d_model=128,
+                encoder_layers=3,
+                decoder_layers=3,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=512,
+                decoder_ffn_dim=512,
+                max_position_embeddings=LONGEST,
+                dropout=DROPOUT,
+                attention_dropout=0.0,
+                activation_dropout=0.0,
+                activation_function="relu",
+                scale_embedding=True,
+                share_encoder_decoder_embeddings=True,
+                pad_token_id=pad,
+                eos_token_id=shared.eos_id,
+                bos_token_id=shared.eos_id,
+                decoder_start_token_id=pad,
+                forced_eos_token_id=None,
+            )
+        )
+
+    def trained(rate: float, steps: int) -> tuple[Any, float, float]:
+        model = model_of()
+        with tempfile.TemporaryDirectory() as out:
+            arguments = hf.Seq2SeqTrainingArguments(
+                output_dir=out,
+                per_device_train_batch_size=BATCH,
+                max_steps=steps,
+                learning_rate=rate,
+                warmup_steps=steps // 10,
+                label_smoothing_factor=SMOOTHING,
+                train_sampling_strategy="group_by_length",
+                logging_steps=20,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            )
+            collator = hf.DataCollatorForSeq2Seq(tokenizer, model=model)
+            trainer = hf.Seq2SeqTrainer(model, arguments, train_dataset=train, data_collator=collator)
+            start = time.perf_counter()
+            trainer.train()
+            spent = time.perf_counter() - start
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return model.eval(), spent, sum(losses[-2:]) / len(losses[-2:])
+
+    _, spent, _ = trained(RATES[0], PILOT_STEPS)
+    steps = int(seconds / (spent / PILOT_STEPS))
+    rate = min(RATES, key=lambda r: trained(r, max(60, steps // 20))[2])
+    model, spent, _ = trained(rate, steps)
+    outputs: list[str] = []
+    sources = ids(texts["val.en"])
+    for first in range(0, len(sources), 64):
+        batch = tokenizer.pad({"input_ids": sources[first : first + 64]}, return_tensors="pt")
+        written = model.generate(**batch, num_beams=4, max_new_tokens=LONGEST, do_sample=False)
+        rows = [[i for i in row if i != pad] for row in written.tolist()]
+        outputs += [shared.decode(row, skip_special=True).strip() for row in rows]
+    return {
+        "bleu": sacrebleu.corpus_bleu(outputs, [texts["val.de"]]).score,
+        "rate": rate,
+        "steps": steps,
+        "seconds": spent,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--multi30k", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20, help="training on two cores")
+    parser.add_argument("--together", action="store_true", help="both at once, a core each, twice as long")
+    parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    seconds = 60 * options.minutes * (2 if options.together else 1)
+    if options.side:
+        print(json.dumps(side(options.multi30k, options.side, seconds)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        common = overrides(options.multi30k.resolve(), folder / "cache")
+        first, second = ([["taskset", "-c", str(core)] for core in (0, 1)]) if options.together else ([], [])
+        threads = {"OMP_NUM_THREADS": "1"} if options.together else {}
+        quick = ["callback.answers.examples=1", "decoding=greedy"]
+        pilot = ours(folder / "pilot", *common, *quick, *(f"{k}={v}" for k, v in pace(PILOT_STEPS).items()), **threads)
+        steps = int(1000 * seconds / pilot[1]["speed/mean_step_ms"])
+        command = [*second, sys.executable, __file__, "--multi30k", str(options.multi30k), "--minutes"]
+        command += [str(seconds / 60), "--side", str(folder / "pilot" / "tokenizer.json")]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads})
+        if not options.together:
+            told = other.communicate()[0]
+        done = ours(folder / "run", *common, *(f"{k}={v}" for k, v in pace(steps).items()), prefix=first, **threads)
+        if options.together:
+            told = other.communicate()[0]
+    theirs, mine = json.loads(told.splitlines()[-1]), done[1]
+    print(head("Multi30k, English to German"))
+    rows = [
+        ("lmexp", mine["parameters"], mine["steps"], mine["seconds"], mine["val/bleu"], "Muon"),
+        ("Marian, Seq2SeqTrainer", *(theirs[k] for k in ("parameters", "steps", "seconds", "bleu", "rate"))),
+    ]
+    cells = [(n, f"{p / 1e6:.2f}", str(s), f"{t:.0f}", f"**{b:.1f}**", str(r)) for n, p, s, t, b, r in rows]
+    print(table(("", "M parameters", "steps", "seconds", "BLEU of validation, beam 4", "rate"), cells))
+
+
+def pace(steps: int) -> dict[str, int]:
+    """How long lmexp trains."""
+    return {"max_steps": steps, "validate_every": steps}
+
+
+if __name__ == "__main__":
+    main()
