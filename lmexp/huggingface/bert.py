@@ -10,6 +10,7 @@ from torch import nn
 from lmexp.contracts import UserError
 from lmexp.huggingface.architecture import Architecture, Rule
 from lmexp.model.bert import Bert
+from lmexp.model.classifier import ClassifierHead
 
 
 class BERT(Architecture):
@@ -28,18 +29,50 @@ class BERT(Architecture):
             "model_type": self.model_type,
             "architectures": ["BertForMaskedLM"],
             **shared_config(model, vocab_size, "BERT"),
+            **classifier_config(model, "BertForSequenceClassification"),
             "max_position_embeddings": model.max_length,
         }
 
     def rules(self, model: Bert) -> list[Rule]:
         rules = shared_rules(model, "bert")
         rules.append(Rule("position.weight", ("bert.embeddings.position_embeddings.weight",)))
+        if isinstance(model.head, ClassifierHead):
+            return rules + classifier_rules("bert.pooler.dense", "classifier")
         rules += head_rules(
             dense="cls.predictions.transform.dense",
             norm="cls.predictions.transform.LayerNorm",
             biases=("cls.predictions.decoder.bias", "cls.predictions.bias"),
         )
         return rules
+
+
+def classifier_config(model: Bert, class_name: str) -> dict[str, Any]:
+    """What config.json says of a classifier; nothing for other models. Raises `UserError` for one that they lack."""
+    head = model.head
+    if not isinstance(head, ClassifierHead):
+        return {}
+    for key, value, expected in (("pooling", head.pooling, "first"), ("hidden_layer", head.hidden is not None, True)):
+        if value != expected:
+            raise UserError(
+                f"task.{key}={str(value).lower()}: {class_name} of Transformers has {str(expected).lower()} only; to "
+                f"export, train with task.{key}={str(expected).lower()}."
+            )
+    return {
+        "architectures": [class_name],
+        "id2label": {str(number): name for number, name in enumerate(head.labels)},
+        "label2id": {name: number for number, name in enumerate(head.labels)},
+        "problem_type": "multi_label_classification" if head.multilabel else "single_label_classification",
+        "classifier_dropout": head.dropout,
+    }
+
+
+def classifier_rules(hidden: str, output: str) -> list[Rule]:
+    """The head of a classifier, of which files of other models have the first layer or none."""
+    names = (("hidden", hidden), ("output", output))
+    kinds = ("weight", "bias")
+    return [
+        Rule(f"head.{ours}.{kind}", (f"{theirs}.{kind}",), optional=True) for ours, theirs in names for kind in kinds
+    ]
 
 
 _EXPECTED = {

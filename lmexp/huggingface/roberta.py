@@ -9,8 +9,16 @@ from torch import nn
 
 from lmexp.contracts import UserError
 from lmexp.huggingface.architecture import Architecture, Rule
-from lmexp.huggingface.bert import head_rules, shared_config, shared_rules, shared_settings
+from lmexp.huggingface.bert import (
+    classifier_config,
+    classifier_rules,
+    head_rules,
+    shared_config,
+    shared_rules,
+    shared_settings,
+)
 from lmexp.model.bert import Bert
+from lmexp.model.classifier import ClassifierHead
 
 
 class RoBERTa(Architecture):
@@ -37,6 +45,7 @@ class RoBERTa(Architecture):
             "model_type": self.model_type,
             "architectures": [self.class_name],
             **shared_config(model, vocab_size, "RoBERTa"),
+            **classifier_config(model, "RobertaForSequenceClassification"),
             "max_position_embeddings": model.max_length + self.padding_id + 1,
             "pad_token_id": self.padding_id,
         }
@@ -45,6 +54,8 @@ class RoBERTa(Architecture):
         rules = shared_rules(model, "roberta")
         places = "roberta.embeddings.position_embeddings.weight"
         rules.append(Rule("position.weight", (places,), offset=self.padding_id + 1))
+        if isinstance(model.head, ClassifierHead):
+            return rules + classifier_rules("classifier.dense", "classifier.out_proj")
         rules += head_rules("lm_head.dense", "lm_head.layer_norm", ("lm_head.decoder.bias", "lm_head.bias"))
         return rules
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.contracts import Objective, UserError
+from lmexp.data.labelled import is_labelled
 from lmexp.data.text import TextData
 from lmexp.metric.classification import ClassificationScores
 from lmexp.task.base import BaseTask
@@ -52,11 +53,19 @@ class Parts:
     callbacks: list[Callback]
 
 
+def classes_of(data: TextData) -> dict[str, Any] | None:
+    """What `ClassificationScores.bind` takes, for checkpoints to keep; None for a corpus without labels."""
+    if not is_labelled(data.corpus):
+        return None
+    corpus: Any = data.corpus
+    return {"classes": list(corpus.labels), "multilabel": bool(corpus.multilabel), "groups": list(corpus.groups)}
+
+
 def bind_metric(metric: Any, objective: Objective, data: TextData, token_bytes: torch.Tensor | None = None) -> None:
     """Tell a metric what the corpus and the objective decide: the classes, or the parts and the bytes of tokens."""
-    if isinstance(metric, ClassificationScores):
-        corpus: Any = data.corpus
-        metric.bind(corpus.labels, corpus.multilabel, corpus.groups)
+    classes = classes_of(data)
+    if classes is not None and isinstance(metric, ClassificationScores):
+        metric.bind(**classes)
     else:
         metric.bind(objective.bits, data.part_names, token_bytes)
 

@@ -35,10 +35,11 @@ def seconds_of(max_time: Any) -> float | None:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
+def check(cfg: DictConfig, world_size: int, training: bool = True, classes: dict[str, Any] | None = None) -> Parts:
     """Make the parts of an experiment; raises ONE `UserError` that lists every misfit, each with its fix.
 
-    `training`: also what only a training run needs, its batches, its callbacks, a validation split.
+    `training`: also what only a training run needs, its batches, its callbacks, a validation split. `classes`: those of
+    a checkpoint (`classes_of`), which then need not be read from its data.
     """
     errors: list[str] = []
 
@@ -66,7 +67,9 @@ def check(cfg: DictConfig, world_size: int, training: bool = True) -> Parts:
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
     collect(lambda: check_task(cfg, made))
     collect(lambda: check_objective(cfg, made))
-    if not errors:
+    if not errors and classes is not None:
+        made["metric"].bind(**classes)
+    elif not errors:
         collect(lambda: bind_metric(made["metric"], made["objective"], made["data"]))
     callbacks = _callbacks(cfg, made, errors, collect) if training else []
     if training and made["data"] is not None and "validation" not in made["data"].corpus.splits:

@@ -13,7 +13,8 @@ from torch import nn
 
 from lmexp.contracts import UserError
 from lmexp.huggingface.export import write
-from lmexp.job.build import build_node
+from lmexp.job.build import build_node, build_task
+from lmexp.job.check import check
 from lmexp.job.initialize import model_weights
 from lmexp.job.plan import Plan
 from lmexp.job.restore import merged
@@ -64,7 +65,13 @@ def model_of(plan: Plan, checkpoint: dict[str, Any], path: Path) -> tuple[Any, t
     saved = checkpoint["lmexp"]["config"]
     cfg = merged(plan, saved)
     tokenizer = Tokenizer.from_json(checkpoint["lmexp"]["tokenizer"])
-    model: nn.Module = build_node(cfg, "model").build(tokenizer.vocab_size)
+    model: nn.Module
+    classes = checkpoint["lmexp"].get("classes")
+    if classes is None:
+        model = build_node(cfg, "model").build(tokenizer.vocab_size)
+    else:  # with a head of its own
+        parts = check(cfg, 1, training=False, classes=classes)
+        model = build_task(cfg, parts, tokenizer.vocab_size).model
     weights = model_weights(checkpoint)
     try:
         model.load_state_dict(weights)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,6 +24,7 @@ from lmexp.huggingface.architecture import Imported, to_ours
 from lmexp.huggingface.export import tokenizers_json
 from lmexp.huggingface.files import find as find_huggingface
 from lmexp.job.build import build_node
+from lmexp.model.classifier import ClassifierHead
 from lmexp.model.lora import LoRA, merged
 from lmexp.model.surgery import grow_vocabulary, vocabulary_parameters
 from lmexp.run import checkpoint as files
@@ -241,6 +243,8 @@ def _by_their_names(model: Any, origin: Origin, n_tokens: int) -> Imported:
     architecture = convert.architecture(origin.model_type)
     with torch.device("meta"):  # the same model with their vocabulary
         theirs = replace(model.config, vocab_multiple=1).build(n_tokens)
+        if isinstance(model.head, ClassifierHead):
+            theirs.head = copy.deepcopy(model.head).to("meta")
     state = origin.state()
     imported = to_ours(architecture, theirs, state, n_tokens)
     required = {rule.ours for rule in architecture.rules(theirs) if not rule.optional}

@@ -59,7 +59,7 @@ def restore(plan: Plan, world_size: int) -> Restored:
     checkpoint = files.load(path)
     entry = checkpoint["lmexp"]
     cfg = merged(plan, entry["config"])
-    parts = check(cfg, world_size, training=False)
+    parts = check(cfg, world_size, training=False, classes=entry.get("classes"))
     tokenizer = Tokenizer.from_json(entry["tokenizer"])
     task = build_task(cfg, parts, tokenizer.vocab_size)
     task.adapt(cfg.seed)

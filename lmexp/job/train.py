@@ -33,6 +33,7 @@ from lmexp.job.build import (
     build_node,
     build_task,
     build_trainer,
+    classes_of,
     precision_of,
 )
 from lmexp.job.check import check, seconds_of
@@ -97,6 +98,7 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
         "config": OmegaConf.to_container(cfg),
         "tokenizer": data.tokenizer.to_json(),
         "data": data.corpus.fingerprint(),
+        "classes": classes_of(data),
     }
     if entry is not None:
         _refuse_other_data(entry, record)

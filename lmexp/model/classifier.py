@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,11 +29,22 @@ class ClassifierHead(nn.Module):
     """Logits of classes from a text's vector: dropout, tanh(x W + b), dropout, x V + c, as BERT's and RoBERTa's
     released classifiers; without `hidden` the last two only."""
 
-    def __init__(self, d_model: int, n_classes: int, hidden: bool, dropout: float, init_std: float = 0.02) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        labels: Sequence[str],
+        hidden: bool,
+        dropout: float,
+        pooling: Pooling = "first",
+        multilabel: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        """`labels` name the classes. `pooling` and `multilabel` say what its vectors are and what its logits mean."""
         super().__init__()
+        self.labels, self.pooling, self.multilabel = tuple(labels), pooling, multilabel
         self.dropout = dropout
         self.hidden = nn.Linear(d_model, d_model) if hidden else None
-        self.output = nn.Linear(d_model, n_classes)
+        self.output = nn.Linear(d_model, len(self.labels))
         for layer in (self.hidden, self.output):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=init_std)

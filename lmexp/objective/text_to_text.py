@@ -30,6 +30,7 @@ class TextToText:
     reads_pairs: ClassVar[bool] = True
     reads_texts: ClassVar[bool] = False
     reads_documents: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name in ("max_source", "max_target"):
             value = getattr(self, name)

@@ -52,9 +52,11 @@ class TextClassification(BaseTask):
             raise UserError("task.label_smoothing is of texts with one label, and these have several; set it to 0.")
         # looked up only, when the head that multiplies with it is gone
         unused = sum(p.numel() for p in model.head.parameters())
-        model.head = ClassifierHead(model.embed.weight.shape[1], len(classes), hidden_layer, dropout)
+        chosen: Pooling = pooling or ("first" if family == "encoder" else "last")
+        width = model.embed.weight.shape[1]
+        model.head = ClassifierHead(width, classes, hidden_layer, dropout, chosen, metric.multilabel)
         super().__init__(model=model, flops_per_token=flops_per_token - 6.0 * unused, **base)
-        self.pooling: Pooling = pooling or ("first" if family == "encoder" else "last")
+        self.pooling = chosen
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
         self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too

@@ -157,3 +157,16 @@ def test_smoothing_follows_the_formula(tmp_path: Path) -> None:
     total = sum(len(text) for text in texts)
     expected = smoothed([2000 * 10, 50 * 10], 0.5)[1]
     assert german / total == pytest.approx(expected, rel=0.01)
+
+
+def test_hub_data_sets_with_a_column_for_each_text(tmp_path: Path) -> None:
+    rows = {"article": ["a long text", "another", "  "], "highlights": ["long", "other", "none"], "id": [1, 2, 3]}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data"))
+    options = {"column": None, "cache_dir": str(tmp_path / "c")}
+    corpus = HubTranslation(str(tmp_path / "data"), languages=("article", "highlights"), **options)
+    (part,) = corpus.parts()
+    assert [side.rows("train")["text"][:] for side in part.corpora] == [["a long text", "another"], ["long", "other"]]
+    with pytest.raises(UserError, match=r"has no column 'highlight'; it has 'article'.*Did you mean 'highlights'"):
+        HubTranslation(str(tmp_path / "data"), languages=("article", "highlight"), **options).parts()[0].corpora[
+            1
+        ].rows("train")

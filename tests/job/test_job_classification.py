@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from lmexp.contracts import UserError
 from lmexp.job.evaluate import evaluate
+from lmexp.job.export import export
 from lmexp.job.restore import restore
 from lmexp.job.train import train
 from lmexp.task.base import BaseTask
@@ -61,8 +63,10 @@ def arguments(folder: Path, kind: str = "single", family: str = "encoder") -> li
 
 @pytest.mark.parametrize(
     ("kind", "family"),
-    [("single", "encoder"), ("single", "decoder"), ("single", "encoder_decoder"), ("pairs", "encoder")]
-    + [("multilabel", "encoder"), ("pairs", "encoder_decoder")],
+    [
+        *(("single", family) for family in FAMILIES),
+        *(("pairs", "encoder"), ("multilabel", "encoder"), ("pairs", "encoder_decoder")),
+    ],
 )
 def test_numbers_do_not_depend_on_how_the_batch_is_split(tmp_path: Path, kind: str, family: str) -> None:
     args = arguments(tmp_path, kind, family)
@@ -163,6 +167,45 @@ def test_a_pretrained_encoder_gives_all_but_its_head(tmp_path: Path) -> None:
     assert {n for n in after if n not in before} == {
         f"model.head.{layer}.{kind}" for layer in ("hidden", "output") for kind in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize("kind", ["single", "multilabel", "pairs"])
+def test_transformers_tells_the_same_and_gives_it_back(tmp_path: Path, kind: str) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "exported"
+    args = arguments(tmp_path, kind)
+    segments = ["objective.segments=true"] if kind == "pairs" else []
+    train(plan(*args, *segments, f"paths.run_dir={run_dir}", "max_steps=3"))
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").rename(tmp_path / f"{split}.moved")  # a checkpoint needs no data to be used
+    export(plan("job=export", f"ckpt={run_dir}", f"out={out}"))
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    restored = restore(plan("job=evaluate", f"ckpt={run_dir}", "trainer=cpu"), 1)
+    task = restored.task.eval()
+    assert tuple(theirs.config.id2label.values()) == task.metric.classes
+    text, second = "the good one of 7", "is it good" if kind == "pairs" else None
+    cls, eos = restored.tokenizer.roles["cls"], restored.tokenizer.eos_id
+    ids = [[int(i) for i in row] for row in restored.tokenizer.encode([text, second or ""])]
+    tokens = [cls, *ids[0], eos, *([*ids[1], eos] if second else [])]
+    kinds = [0] * (len(ids[0]) + 2) + [1] * (len(tokens) - len(ids[0]) - 2)
+    asked = tmp_path / "asked.txt"
+    asked.write_text(text + (f"\t{second}" if second else "") + "\n", encoding="utf-8")
+    done = run("job=predict", f"ckpt={run_dir}", f"job.input={asked}", "trainer=cpu")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        logits = theirs(torch.tensor([tokens]), token_type_ids=torch.tensor([kinds])).logits[0]
+    expected = logits.sigmoid() if kind == "multilabel" else logits.softmax(-1)
+    told = json.loads(done.stdout)["probabilities"]
+    assert list(told.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+    # and back: their weights, head included, are where a run begins
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.moved").rename(tmp_path / f"{split}.jsonl")
+    again = [a for a in args if a != "tokenizer=byte"] + ["tokenizer=pretrained", f"tokenizer.path={out}"]
+    again += [f"init_from={out}", "optimizer=adamw", "optimizer.lr=0", "max_steps=1", *segments]
+    train(plan(*again, f"paths.run_dir={tmp_path / 'again'}"))
+    before, after = (checkpoint(folder)["state_dict"] for folder in (run_dir, tmp_path / "again"))
+    for name in ("model.head.hidden.weight", "model.head.output.bias", "model.blocks.1.mlp.expand.weight"):
+        assert torch.equal(before[name], after[name]), name
 
 
 def test_early_stopping_ends_and_stays_ended(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_pooling_is_that_of_a_loop(pooling: str) -> None:
 def test_the_head_is_roberta_classifiers() -> None:
     config = hf.RobertaConfig(hidden_size=12, num_labels=3, hidden_dropout_prob=0.0)
     theirs = hf.models.roberta.modeling_roberta.RobertaClassificationHead(config).eval()
-    ours = ClassifierHead(12, 3, hidden=True, dropout=0.0)
+    ours = ClassifierHead(12, ("a", "b", "c"), hidden=True, dropout=0.0)
     assert ours.hidden is not None
     ours.hidden.load_state_dict(theirs.dense.state_dict())
     ours.output.load_state_dict(theirs.out_proj.state_dict())

@@ -205,3 +205,20 @@ def test_compiled_loss(n_chunks):
     got = torch.autograd.grad(head.loss(hidden, labels, n_chunks=n_chunks), [hidden, head.weight])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert list(head.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_smoothing_makes_the_loss_that_of_torch(bias):
+    torch.manual_seed(0)
+    head = Head(6, 11, bias=bias).double()
+    for p in head.parameters():
+        torch.nn.init.normal_(p)
+    hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(11, (9,))
+    labels[::4] = IGNORE_INDEX
+    ours = head.loss(hidden, labels) + 0.1 * head.smoothing(hidden, labels)
+    theirs = F.cross_entropy(head(hidden), labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs)
+    inputs = (hidden, *head.parameters())
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b)
