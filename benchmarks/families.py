@@ -108,7 +108,7 @@ def as_theirs(batch: Any) -> dict[str, torch.Tensor]:
     return out | {"labels": labels}
 
 
-def side(family: str, steps: int, cache: Path, ticks: str | None) -> dict[str, float]:
+def side(family: str, steps: int, cache: Path, ticks: str | None, rates: list[float]) -> dict[str, float]:
     """Their best pilot's rate and, after the whole training with it, the validation loss; or only steps and `Ticks`."""
     import transformers as hf
 
@@ -183,9 +183,9 @@ def side(family: str, steps: int, cache: Path, ticks: str | None) -> dict[str, f
         return nats / count
 
     if ticks is not None:
-        trained(RATES[0], steps)
+        trained(rates[0], steps)
         return {}
-    pilots = {rate: validated(trained(rate, max(50, steps // 20))) for rate in RATES}
+    pilots = {rate: validated(trained(rate, max(50, steps // 20))) for rate in rates}
     best = min(pilots, key=lambda rate: pilots[rate])
     model = trained(best, steps)
     return {"loss": validated(model), "rate": best, "parameters": sum(p.numel() for p in model.parameters())}
@@ -214,12 +214,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="a bound on the steps; the rate falls to its end")
     parser.add_argument("--speed-only", action="store_true", help="compare the steps' times alone")
     parser.add_argument("--loss-only", action="store_true", help="compare the losses alone, after --steps steps")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="of Transformers' side")
     parser.add_argument("--side", choices=list(FAMILIES), help=argparse.SUPPRESS)
     parser.add_argument("--ticks", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(side(options.side, options.steps, options.cache, options.ticks)))
+        print(json.dumps(side(options.side, options.steps, options.cache, options.ticks, options.rates)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -237,7 +238,8 @@ def main() -> None:
             if not options.speed_only:
                 common = [*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}", "callback.samples.prompts=[]"]
                 _, mine = ours(folder / family, *common, f"max_steps={steps}", f"validate_every={steps}")
-                other = json.loads(run(their_command(family, steps, cache)).lines[-1][1])
+                rates = ("--rates", *map(str, options.rates))
+                other = json.loads(run(their_command(family, steps, cache, *rates)).lines[-1][1])
                 sizes = (f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
                 row += (str(steps), *sizes, f"{mine['val/loss']:.4f}", f"{other['loss']:.4f}", f"{other['rate']:g}")
             rows.append(row)

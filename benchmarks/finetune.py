@@ -1,10 +1,10 @@
 """SST-2 from a Hugging Face encoder's weights: lmexp beside Transformers' Trainer, and lmexp from nothing.
 
-    python benchmarks/finetune.py --encoder FOLDER --sst2 FOLDER [--seeds 3]
+    python benchmarks/finetune.py --encoder FOLDER --sst2 FOLDER [--seeds 3] [--together]
 
-`--sst2` holds train.tsv and dev.tsv (label, tab, sentence). Both sides: the same weights, epochs, batch, AdamW, rate and
-linear decay, validated after each epoch, each as a whole process; they take turns, seed by seed. Accuracy on dev after
-the last epoch.
+`--sst2` holds train.tsv and dev.tsv (label, tab, sentence). Both sides: the same weights, epochs, batch, AdamW, rate
+and linear decay, validated after each epoch, each as a whole process; they take turns, seed by seed, or, with
+`--together`, run at once on a core each. Accuracy on dev after the last epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="a folder with a BERT, its tokenizer and config.json")
     parser.add_argument("--sst2", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--together", action="store_true", help="both at once, a core each")
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:

@@ -200,8 +200,8 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
         objective.lengths(data.block_size, model.family)
         if objective.score_source and model.family != "decoder":
             raise UserError(
-                f"objective.score_source=true, and {type(model).__name__} is an encoder-decoder, which tells nothing of "
-                "the source; set it to false."
+                f"objective.score_source=true, and {type(model).__name__} is an encoder-decoder, which does not tell "
+                "its source; set it to false."
             )
         if isinstance(model, AutoModelSettings):
             raise UserError(

@@ -34,7 +34,7 @@ from lmexp.tokenizer.tokenizer import Tokenizer
 
 AUTO = "lmexp.model.auto.AutoModelSettings"
 
-_IN_TRAINING_ONLY = ("init_std", "zero_init", "vocab_multiple")
+_IN_TRAINING_ONLY = ("init_std", "zero_init", "copy_init", "vocab_multiple")
 """Keys of models, besides those of dropout, that may differ: they don't say what the weights mean."""
 
 _ANY_LENGTH = ("lmexp.model.llama.LlamaConfig", "lmexp.model.t5.T5Config", "lmexp.model.fast.FastConfig")

@@ -96,6 +96,10 @@ class TransformerConfig:
     activation_dropout: float = 0.0
     """Share of numbers dropped inside the feed-forward in training; in [0, 1)."""
 
+    copy_init: bool = False
+    """Cross-attention begins by passing on what it looks at, unchanged: its values and its output are identities. With
+    `tied` and `prenorm` the words of the source are then likely from the start, which is what summaries need."""
+
     init_std: float | None = None
     """Standard deviation of all matrices at the start; null: as the authors' tensor2tensor does, Xavier's uniform, and
     1/sqrt(d_model) for the tables that are looked up and the head."""
@@ -180,6 +184,12 @@ class Transformer(nn.Module):
                 for part in module.weight.split(getattr(module, "parts", module.out_features)):
                     part.normal_(std=std) if std else nn.init.xavier_uniform_(part)
                 module.bias.zero_()
+        if self.config.copy_init:
+            identity = torch.eye(self.config.d_model)
+            for module in self.modules():
+                if isinstance(module, CrossAttention):
+                    module.kv.weight[self.config.d_model :] = identity
+                    module.output.weight.copy_(identity)
 
     def forward(
         self,

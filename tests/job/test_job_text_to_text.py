@@ -119,3 +119,48 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"callback.answers.examples=0; expected a whole number of at least 1"):
         train(plan(*arguments(tmp_path), "callback.answers.examples=0", where))
     assert not (tmp_path / "run").exists()
+
+
+def test_prediction_writes_what_the_evaluation_scored(tmp_path: Path) -> None:
+    run_dir, asked, told = tmp_path / "run", tmp_path / "asked.txt", tmp_path / "told.jsonl"
+    train(plan(*arguments(tmp_path), f"paths.run_dir={run_dir}", "max_steps=3"))
+    common = [f"ckpt={run_dir}", "trainer=cpu"]
+    evaluate(plan("job=evaluate", *common, "job.split=test", "job.max_blocks=5", f"job.predictions={told}"))
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"place", "source", "reference", "output", "chrF"}] * 5
+    asked.write_text("".join(row["source"] + "\n" for row in rows), encoding="utf-8")
+    done = run("job=predict", *common, f"job.input={asked}", "job.batch_size=2")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["output"] for line in done.stdout.splitlines()] == [row["output"] for row in rows]
+
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "the house " * 40, "id": 7}) + "\n", encoding="utf-8")
+    done = run("job=predict", *common, f"job.input={long}")
+    assert json.loads(done.stdout)["id"] == 7
+    assert "1 of 1 texts are longer than the model reads, and cut" in done.stderr
+    for content, said in (
+        ('{"text": 3}\n\n{"x"\n', "line 1, 3: expected an object with text"),
+        ("\n", "holds no text"),
+    ):
+        long.write_text(content, encoding="utf-8")
+        done = run("job=predict", *common, f"job.input={long}")
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+def test_summaries_are_scored_beside_the_lead(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    asked = ["callback.answers.score=summarization", "callback.checkpoint.monitor=val/rougeL"]
+    train(plan(*arguments(tmp_path), *asked, "callback.checkpoint.mode=max", f"paths.run_dir={run_dir}", "max_steps=3"))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert {"test/rougeL", "test/rougeL_ci", "test/lead_rougeL", "test/novel_bigrams", "val/rouge2"} <= set(metrics)
+    with pytest.raises(UserError, match=r"callback.answers.score=rouge; expected translation or summarization"):
+        train(plan(*arguments(tmp_path), "callback.answers.score=rouge", f"paths.run_dir={tmp_path / 'other'}"))
+
+
+def test_what_is_cut_is_told(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(plan(*arguments(tmp_path), "objective.max_target=20", f"paths.run_dir={run_dir}", "max_steps=3"))
+    log = (run_dir / "run.log").read_text()
+    assert "Too long for the model and cut: 120 of 120 train en-de target (100.0%)" in " ".join(log.split())
+    assert "en-de source" not in log.split("Model:")[0].split("cut:")[-1]

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from lmexp.contracts import UserError
-from lmexp.model.layers import see_across
+from lmexp.model.layers import Across, Visible, see_across
 from lmexp.model.transformer import TransformerConfig, sinusoids
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -474,3 +474,12 @@ def test_compiled_in_place(name):
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
     SMALL[name].build(29).load_state_dict(compiled.state_dict())
+
+
+def test_copies_begin_as_what_is_looked_at():
+    config = TransformerConfig(n_layers=2, n_heads=2, d_model=16, max_length=16, prenorm=True, copy_init=True)
+    model = config.build(30).eval()
+    cross = model.decoder.blocks[1].cross
+    memory = torch.randn(1, 1, 16)
+    across = Across(Visible(None, causal=False), some=None)
+    torch.testing.assert_close(cross(torch.randn(1, 3, 16), memory, across, None), memory.expand(1, 3, 16))
