@@ -99,19 +99,17 @@ def main() -> None:
                 *(f"batch_size={BATCH}", f"optimizer.lr={RATE}", f"optimizer.weight_decay={DECAY}"),
                 *(f"max_steps={steps}", f"validate_every={steps // EPOCHS}", f"paths.cache_dir={folder / str(seed)}"),
             ]
-            done, mine = ours(folder / f"tuned{seed}", *tuned)
-            theirs = run(
-                [
-                    sys.executable,
-                    __file__,
-                    "--encoder",
-                    options.encoder,
-                    "--sst2",
-                    str(options.sst2),
-                    "--side",
-                    str(seed),
-                ]
-            )
+            command = [sys.executable, __file__, "--encoder", options.encoder, "--sst2", str(options.sst2)]
+            command += ["--side", str(seed)]
+            if options.together:
+                with ThreadPoolExecutor() as both:
+                    alone = {"OMP_NUM_THREADS": "1"}
+                    first = both.submit(ours, folder / f"tuned{seed}", *tuned, prefix=["taskset", "-c", "1"], **alone)
+                    second = both.submit(run, ["taskset", "-c", "0", *command], **alone)
+                    (done, mine), theirs = first.result(), second.result()
+            else:
+                done, mine = ours(folder / f"tuned{seed}", *tuned)
+                theirs = run(command)
             scratch, plain = ours(
                 folder / f"scratch{seed}",
                 *("experiment=sentiment_sst2", *data, f"seed={seed}", f"paths.cache_dir={folder / 'cache'}"),

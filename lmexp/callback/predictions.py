@@ -173,7 +173,7 @@ def reliability(told: Predictions) -> Figure:
 
 
 def precision_recall(told: Predictions, names: tuple[str, ...]) -> Figure:
-    """A curve for each class, told against the rest, over all thresholds."""
+    """A curve for each of the first ten classes, told against the rest, over all thresholds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 4.2), layout="constrained")

@@ -138,15 +138,6 @@ class Docstrings(Parted):
             if not Path(root).expanduser().is_dir():
                 raise UserError(f"corpus.roots: there is no folder {root}; expected those that packages stand in.")
         self.packages = _names("packages", self.packages, "data.corpus.packages=[stdlib,torch]")
-        known = {name for root in self._folders for name in _packages(root)}
-        if self.roots is None:
-            known.add(_STDLIB)
-        for name in self.packages or ():
-            if name not in known:
-                raise UserError(
-                    f"corpus.packages: there is no {name!r} in {' or '.join(map(str, self._folders))}."
-                    f"{did_you_mean(name, known)} Expected top-level names as they are imported; null takes all."
-                )
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -194,6 +185,15 @@ class Docstrings(Parted):
     @cached_property
     def _sources(self) -> list[tuple[str, Path]]:
         """(dotted module name, path), sorted by name; of two of a name the one that would be imported."""
+        known = {name for root in self._folders for name in _packages(root)}
+        if self.roots is None:
+            known.add(_STDLIB)
+        for name in self.packages or ():
+            if name not in known:
+                raise UserError(
+                    f"corpus.packages: there is no {name!r} in {' or '.join(map(str, self._folders))}."
+                    f"{did_you_mean(name, known)} Expected top-level names as they are imported; null takes all."
+                )
         found: dict[str, Path] = {}
         for root in self._folders:
             taken = self.packages

@@ -258,6 +258,11 @@ class HubTranslation(Parted):
                     f"{did_you_mean(language, rows.column_names)} Choose two of them: data.corpus.languages=[...], or, "
                     "where one column holds all texts, data.corpus.column=NAME."
                 )
+            if getattr(rows.features[language], "dtype", None) not in ("string", "large_string"):
+                raise UserError(
+                    f"{self.name}: column {language!r} holds {rows.features[language]}; expected text. Choose another: "
+                    "data.corpus.languages=[...]."
+                )
         return rows.select_columns(list(self.languages))
 
     def _check_column(self, feature: Any) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lmexp.contracts import EVAL_SEED, Family, Objective, ReadsWholeTexts, Sample, Split, UserError
 from lmexp.corpus.parts import Part, smoothed
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
-from lmexp.data.labelled import AllTexts, Examples, is_labelled, labels_of
+from lmexp.data.labelled import COLUMNS, AllTexts, Examples, is_labelled, labels_of
 from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches
 from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged
 from lmexp.data.order import BlockOrder
@@ -163,7 +163,7 @@ class TextData(LightningDataModule):
         if not self._caches:
             return DataReport({}, self.tokenizer.vocab_size, "", self.cache_dir)
         if not is_parted(self.corpus):
-            return self._caches[0][0].report
+            return self._caches[0][0].report if len(self._caches[0]) == 1 else self._report_of_two()
         splits: dict[str, SplitReport] = {}
         shares: dict[str, float] = {}
         for part, caches, share in zip(self.parts, self._caches, self.shares, strict=True):
@@ -174,6 +174,16 @@ class TextData(LightningDataModule):
                     shares[f"train {name}"] = share
         sample = self._caches[0][0].report.sample
         return DataReport(splits, self.tokenizer.vocab_size, sample, self.cache_dir, shares)
+
+    def _report_of_two(self) -> DataReport:
+        """Of two texts a row."""
+        first, second = (cache.report for cache in self._caches[0])
+        splits = {
+            f"{split} {name}": r
+            for name, report in zip(COLUMNS, (first, second), strict=True)
+            for split, r in report.splits.items()
+        }
+        return DataReport(splits, self.tokenizer.vocab_size, first.sample, self.cache_dir)
 
     @property
     def n_blocks(self) -> int | None:

@@ -105,6 +105,8 @@ def to_ours(
     weights: dict[str, Tensor] = {}
     new: list[str] = []
     for rule in architecture.rules(model):
+        if rule.ours.startswith("head.") and rule.ours not in own:  # a classifier has no head over the vocabulary
+            continue
         found = [names.get(_bare(name)) for name in rule.theirs]
         if any(name is None for name in found):
             new.append(rule.ours)

@@ -14,7 +14,7 @@ from lmexp.model.classifier import ClassifierHead
 
 
 class BERT(Architecture):
-    """`BertForMaskedLM`. Poolers and next-sentence heads of files are not used."""
+    """`BertForMaskedLM` and, with its pooler, `BertForSequenceClassification`. Next-sentence heads are not used."""
 
     model_type = "bert"
 

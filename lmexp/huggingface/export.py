@@ -14,6 +14,7 @@ from lmexp.huggingface.architecture import Architecture, to_theirs
 from lmexp.huggingface.convert import architecture_of
 from lmexp.huggingface.files import library
 from lmexp.model.auto import AutoModel
+from lmexp.model.classifier import ClassifierHead
 from lmexp.run.directory import write_json
 from lmexp.tokenizer.byte import ByteTokenizer
 from lmexp.tokenizer.char import CharTokenizer
@@ -27,10 +28,13 @@ _ROLES = {"mask": "mask_token", "cls": "cls_token", "sep": "sep_token", "bos": "
 """Our roles -> what tokenizer_config.json calls their tokens."""
 
 
-def write(folder: Path, model: nn.Module, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> str:
+def write(
+    folder: Path, model: nn.Module, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32, segments: bool = False
+) -> str:
     """Write config.json, model.safetensors, generation_config.json and the tokenizer's files; returns their class.
 
-    Weights are written as `dtype`; rows that pad the vocabulary are left out. Raises `UserError` for a model that
+    The tokenizer of a classifier puts the marks around texts that it was trained with, and with `segments` tells the
+    second of two apart. Weights are written as `dtype`; rows that pad the vocabulary are left out. Raises `UserError` for a model that
     Transformers has nothing like.
     """
     if isinstance(model, AutoModel):
@@ -38,13 +42,20 @@ def write(folder: Path, model: nn.Module, tokenizer: Tokenizer, dtype: torch.dty
         class_name = type(model.network).__name__
     else:
         class_name = _write_ours(folder, model, tokenizer, dtype)
-    _write_tokenizer(folder, tokenizer, int(model.max_length), model.family)  # type: ignore[arg-type]
+    marks = _marks(tokenizer, segments) if isinstance(model.head, ClassifierHead) else None
+    _write_tokenizer(folder, tokenizer, int(model.max_length), model.family, marks)  # type: ignore[arg-type]
     return class_name
 
 
 def _write_ours(folder: Path, model: Any, tokenizer: Tokenizer, dtype: torch.dtype) -> str:
     safetensors = library("safetensors.torch", "format=hf writes model.safetensors")
     architecture = architecture_of(model)
+    known = {rule.ours for rule in architecture.rules(model)}
+    if isinstance(model.head, ClassifierHead) and "head.output.weight" not in known:
+        raise UserError(
+            f"Classifiers of {type(model).__name__} cannot be exported yet, those of BERT and RoBERTa alone; use "
+            "job=predict, or train with model=bert."
+        )
     config = architecture.config(model, tokenizer.vocab_size)
     if architecture.padding_id not in (None, tokenizer.pad_id):
         raise UserError(
@@ -70,6 +81,21 @@ def _write_ours(folder: Path, model: Any, tokenizer: Tokenizer, dtype: torch.dty
     return class_name
 
 
+def _marks(tokenizer: Tokenizer, segments: bool) -> dict[str, Any]:
+    """The post-processor of a tokenizer.json that makes of texts what `objective.classification` makes of them."""
+    import tokenizers
+
+    cls, eos = (tokenizer.decode([i]) for i in (tokenizer.roles["cls"], tokenizer.eos_id))
+    second = int(segments)
+    template = tokenizers.processors.TemplateProcessing(
+        single=[f"{cls}:0", "$A:0", f"{eos}:0"],
+        pair=[f"{cls}:0", "$A:0", f"{eos}:0", f"$B:{second}", f"{eos}:{second}"],
+        special_tokens=[(cls, tokenizer.roles["cls"]), (eos, tokenizer.eos_id)],
+    )
+    found: dict[str, Any] = json.loads(template.__getstate__())
+    return found
+
+
 def _token_ids(family: Any, tokenizer: Tokenizer) -> dict[str, int | None]:
     """What config.json says of special tokens where the architecture has not said it."""
     own_padding = tokenizer.pad_id != tokenizer.eos_id
@@ -88,9 +114,12 @@ def _copies(architecture: Architecture, model: nn.Module) -> set[str]:
     return copies - {name for rule in last.values() for name in rule.theirs}
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, family: str) -> None:
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, max_length: int, family: str, marks: dict[str, Any] | None
+) -> None:
     """tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-    write_json(folder / "tokenizer.json", tokenizers_json(tokenizer))
+    content = tokenizers_json(tokenizer)
+    write_json(folder / "tokenizer.json", content if marks is None else {**content, "post_processor": marks})
     spelling = backend_of(tokenizer).id_to_token
     special = {"eos_token": spelling(tokenizer.eos_id)}
     if family == "decoder":
@@ -108,6 +137,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, family
         "clean_up_tokenization_spaces": False,
         **special,
     }
+    if marks is not None:
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special)
 

@@ -204,27 +204,21 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
                 "its source; set it to false."
             )
         if isinstance(model, AutoModelSettings):
-            raise UserError(
-                f"model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model "
-                "of lmexp, with init_from=FOLDER for its weights."
-            )
+            raise UserError(_KEPT_APART.format(name=name))
+    if data.document_mask and not objective.reads_documents:
+        raise UserError(
+            f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
+        )
     if isinstance(objective, Classification):
         objective.most(data.block_size)
         if isinstance(model, AutoModelSettings):
-            raise UserError(
-                f"model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model "
-                "of lmexp, with init_from=FOLDER for its weights."
-            )
+            raise UserError(_KEPT_APART.format(name=name))
         if objective.segments and getattr(model, "n_segments", 0) < 2:
             raise UserError(
                 f"objective.segments=true, and {type(model).__name__} has no segment embedding of two rows; set "
                 "objective.segments=false, or model=bert model.n_segments=2."
             )
         return
-    if data.document_mask and not objective.reads_documents:
-        raise UserError(
-            f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
-        )
     if not is_parted(data.corpus):
         if not objective.reads_texts:
             raise UserError(_NEEDS_PAIRS.format(name=name, but="the corpus has single texts"))
@@ -247,6 +241,11 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
             "objective.language_embeddings=false."
         )
 
+
+_KEPT_APART = (
+    "model=auto keeps no texts of a row apart, and objective {name} puts several into one; choose a model of lmexp, "
+    "with init_from=FOLDER for its weights."
+)
 
 _NEEDS_PAIRS = (
     "objective {name} reads a text beside the one to write for it, and {but}; choose data=parallel_files, "

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
-from lmexp.job.build import build_node
+from lmexp.data.text import TextData
+from lmexp.job.build import build_node, classes_of
 from lmexp.job.check import check_out
 from lmexp.job.in_context import InContext, in_context
 from lmexp.job.plan import Plan
-from lmexp.job.restore import restore
+from lmexp.job.restore import Restored, restore
 from lmexp.job.train import measured_on, prepare_data, quiet_libraries
 from lmexp.run.directory import write_json, write_json_lines
 from lmexp.run.terminal import Terminal
@@ -57,6 +58,7 @@ def evaluate(plan: Plan) -> float:
     restored = restore(plan, world_size)
     cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
     data = prepare_data(cfg, restored.parts, terminal, restored.tokenizer)  # type: ignore[arg-type]
+    refuse_other_classes(restored, data)
     scoring = _scoring(restored.cfg)
     if scoring is not None:
         scoring.data, scoring.sampling = data, restored.parts.sampling
@@ -84,6 +86,18 @@ def evaluate(plan: Plan) -> float:
             write_json(Path(plan.config.out), values)
             terminal.print(f"Written to {plan.config.out}.")
     return float(values[f"{job.split}/loss"])
+
+
+def refuse_other_classes(restored: Restored, data: TextData) -> None:
+    """Raise `UserError` if the data have other classes than the checkpoint was trained on, or in another order."""
+    if restored.classes is None:
+        return
+    ours, theirs = restored.classes["classes"], (classes_of(data) or {}).get("classes")
+    if theirs != ours:
+        raise UserError(
+            f"{restored.path} tells {', '.join(ours)}, and the data have {', '.join(theirs or ['no classes'])}; "
+            f"expected the same in the same order: data.corpus.labels=[{','.join(ours)}]."
+        )
 
 
 def _scoring(cfg: DictConfig) -> Scoring | None:

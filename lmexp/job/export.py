@@ -40,8 +40,9 @@ def export(plan: Plan) -> None:
     path = files.resolve(str(cfg.ckpt))
     checkpoint = files.load(path)
     model, dtype = model_of(plan, checkpoint, path)
+    segments = checkpoint["lmexp"]["config"]["objective"].get("segments", False)
     tokenizer = Tokenizer.from_json(checkpoint["lmexp"]["tokenizer"])
-    class_name = _write_beside(out, model, tokenizer, dtype)
+    class_name = _write_beside(out, model, tokenizer, dtype, segments)
     print(
         f"{path}, after step {checkpoint['lmexp']['step']}, as {class_name} in {out}.\n"
         f'Load it: transformers.{class_name}.from_pretrained("{out}"), '
@@ -85,13 +86,13 @@ def model_of(plan: Plan, checkpoint: dict[str, Any], path: Path) -> tuple[Any, t
     return model.eval(), dtypes[0] if dtypes else torch.float32
 
 
-def _write_beside(out: Path, model: nn.Module, tokenizer: Tokenizer, dtype: torch.dtype) -> str:
+def _write_beside(out: Path, model: nn.Module, tokenizer: Tokenizer, dtype: torch.dtype, segments: bool) -> str:
     """Write into a folder beside `out`, which then takes its name; returns their class."""
     with disk_errors(out, "Exporting"):
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         try:
-            class_name = write(beside, model, tokenizer, dtype)
+            class_name = write(beside, model, tokenizer, dtype, segments)
             beside.chmod(0o755)
             os.replace(beside, out)
         except BaseException:

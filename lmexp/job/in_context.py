@@ -259,6 +259,8 @@ def layout_of(restored: Restored, settings: InContext) -> Layout:
     """The layout for a checkpoint's model; `UserError` for what the model cannot do."""
     tokenizer, model = restored.tokenizer, restored.task.model
     family: Family = model.family  # type: ignore[assignment]
+    if restored.classes is not None:
+        raise UserError(f"ckpt={restored.path} holds a classifier, which scores no words; leave job.questions out.")
     name = f"ckpt={restored.path} holds an encoder ({type(model).__name__})"
     if family == "encoder" and settings.score == "generation":
         raise UserError(

@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +71,9 @@ class Origin:
     state: Callable[[], dict[str, Tensor]]
     """Reads the weights."""
 
+    classes: tuple[str, ...] | None = None
+    """Those of a classifier."""
+
     model_type: str | None = None
     """That of its config.json, None for weights by our names."""
 
@@ -96,6 +98,7 @@ def find(init_from: str, cache_dir: Path | str) -> Origin:
         tokenizer=tokenizer,
         tokenizer_path=source.tokenizer or source.folder,
         state=source.state,
+        classes=_their_classes(source.config),
         model_type=source.config["model_type"],
     )
 
@@ -111,7 +114,16 @@ def _of_run(name: str, path: Path, cache_dir: Path) -> Origin:
         tokenizer=tokenizer,
         tokenizer_path=cache_dir / "tokenizers" / f"{tokenizer.fingerprint()[:16]}.json",
         state=lambda: model_weights(checkpoint),
+        classes=None if entry.get("classes") is None else tuple(entry["classes"]["classes"]),
     )
+
+
+def _their_classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The labels that a config.json of a classifier names."""
+    names = config.get("id2label")
+    if names is None or not str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        return None
+    return tuple(names[key] for key in sorted(names, key=int))
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -211,6 +223,8 @@ def initialize(
     else:
         imported = _by_their_names(model, origin, n_tokens)
     weights = imported.weights
+    if isinstance(model.head, ClassifierHead) and not _same_classes(origin.classes, model.head.labels):
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.output.")}
     if model.vocab_size > n_tokens:  # type: ignore[operator]
         weights = grow_vocabulary(weights, model, _pieces(origin, tokenizer, n_tokens), n_tokens)
     own = model.state_dict()
@@ -226,6 +240,12 @@ def initialize(
     imported = replace(imported, weights=weights, new=new)
     say(_told(origin, imported, tokenizer.vocab_size - n_tokens))
     return imported
+
+
+def _same_classes(theirs: Sequence[str] | None, ours: Sequence[str]) -> bool:
+    """Whether a head for the ones tells the others: LABEL_0 and so on, which stand for any, among them."""
+    unnamed = tuple(f"LABEL_{number}" for number in range(len(ours)))
+    return theirs is None or tuple(theirs) in (tuple(ours), unnamed)
 
 
 def _by_our_names(model: nn.Module, origin: Origin, n_tokens: int) -> Imported:
@@ -244,7 +264,10 @@ def _by_their_names(model: Any, origin: Origin, n_tokens: int) -> Imported:
     with torch.device("meta"):  # the same model with their vocabulary
         theirs = replace(model.config, vocab_multiple=1).build(n_tokens)
         if isinstance(model.head, ClassifierHead):
-            theirs.head = copy.deepcopy(model.head).to("meta")
+            head = model.head
+            theirs.head = ClassifierHead(
+                head.output.in_features, origin.classes or head.labels, head.hidden is not None, 0
+            )
     state = origin.state()
     imported = to_ours(architecture, theirs, state, n_tokens)
     required = {rule.ours for rule in architecture.rules(theirs) if not rule.optional}

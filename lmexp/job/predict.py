@@ -16,6 +16,7 @@ import torch
 from lmexp.callback.answers import write_for
 from lmexp.callback.predictions import answer
 from lmexp.contracts import IGNORE_INDEX, Sample, UserError
+from lmexp.corpus.tables import kind_of
 from lmexp.data.labelled import COLUMNS
 from lmexp.data.loader import each_tensor
 from lmexp.job.build import accelerator_of, precision_of
@@ -69,6 +70,11 @@ def read_rows(source: str | None, n_texts: int) -> list[dict[str, Any]]:
         raise UserError(
             "job.input is not given; expected a file with a text on each line, or JSON lines (.jsonl) with `text`, or "
             "- for standard input: job.input=FILE."
+        )
+    if kind_of(Path(source)) not in (None, "jsonl"):
+        raise UserError(
+            f"job.input={source} is a table; expected a text on each line, or JSON lines (.jsonl) with `text`. To score "
+            "a table with labels use job=evaluate data=labelled_files job.predictions=FILE."
         )
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""From a checkpoint back to a model: what `evaluate` and `generate` begin with."""
+"""From a checkpoint back to a model: what `evaluate`, `predict` and `generate` begin with."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Restored:
     path: str
     """The file."""
 
+    classes: dict[str, Any] | None = None
+    """Those of a classifier, as `classes_of` gives them."""
+
 
 def restore(plan: Plan, world_size: int) -> Restored:
     """Read the checkpoint that `ckpt=` names and rebuild what it holds.
@@ -64,7 +67,7 @@ def restore(plan: Plan, world_size: int) -> Restored:
     task = build_task(cfg, parts, tokenizer.vocab_size)
     task.adapt(cfg.seed)
     load_weights(task, checkpoint, str(path))
-    return Restored(cfg, parts, task, tokenizer, entry["step"], str(path))
+    return Restored(cfg, parts, task, tokenizer, entry["step"], str(path), entry.get("classes"))
 
 
 def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:

@@ -54,6 +54,7 @@ MAY_CHANGE = (
     *("format", "init_from"),
     *("data.num_workers", "data.prefetch", "data.cache_dir", "callback.progress", "callback.samples", "decoding"),
     *("callback.answers.batch_size", "callback.answers.shown", "callback.answers.bootstrap"),
+    *("callback.predictions", "metric.bootstrap"),
     *("callback.checkpoint.every_steps", "callback.checkpoint.every_minutes", "callback.checkpoint.keep"),
     "data.corpus",  # where it lies; whether it is the same text is seen by its content
 )

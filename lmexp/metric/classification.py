@@ -37,7 +37,7 @@ class Predictions:
     """(n,) int64: the kind of example."""
 
     nats: Tensor
-    """(n,) float64: -log p of the label, or the mean over the classes."""
+    """(n,) float32: -log p of the label, or the mean over the classes."""
 
     @property
     def multilabel(self) -> bool:
@@ -104,6 +104,8 @@ class ClassificationScores(Metric):
     def update(self, logits: Tensor, labels: Tensor, places: Tensor, groups: Tensor) -> None:
         """Add a batch: logits (N, classes), labels (N,) or (N, classes), places and groups (N,); texts without a label
         are left out."""
+        if self.multilabel and labels.dim() == 1:  # of a device without work
+            labels = labels[:, None].expand(-1, len(self.classes))
         scored = (labels != IGNORE_INDEX) if labels.dim() == 1 else (labels != IGNORE_INDEX).all(-1)
         logits, labels = logits.detach()[scored].float(), labels[scored]
         if self.multilabel:
@@ -159,7 +161,7 @@ class ClassificationScores(Metric):
                 f1 = f.multilabel_f1_score(p.told, p.labels, average="none", **options)
                 result["matthews"] = matthews(p.told.flatten(), p.labels.flatten(), 2)
                 curves = f.multilabel_auroc(p.probabilities, p.labels, average="none", **options)
-                occurs = p.labels.any(0)
+                occurs = p.labels.any(0) & ~p.labels.bool().all(0)
                 certain, told = p.probabilities.flatten(), p.labels.flatten()
                 result["ece"] = float(f.binary_calibration_error(certain, told, n_bins=N_BINS, **plain))
             else:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Pooling = Literal["first", "mean", "last"]
+_INIT_STD = 0.02  # as BERT's
 POOLINGS = ("first", "mean", "last")
 
 
@@ -26,8 +27,8 @@ def pool(hidden: Tensor, documents: Tensor, count: int, pooling: Pooling) -> Ten
 
 
 class ClassifierHead(nn.Module):
-    """Logits of classes from a text's vector: dropout, tanh(x W + b), dropout, x V + c, as BERT's and RoBERTa's
-    released classifiers; without `hidden` the last two only."""
+    """Logits of classes from a text's vector: dropout, tanh(x W + b), dropout, x V + c, as RoBERTa's released
+    classifiers (BERT's have no first dropout); without `hidden` the last two only."""
 
     def __init__(
         self,
@@ -37,7 +38,6 @@ class ClassifierHead(nn.Module):
         dropout: float,
         pooling: Pooling = "first",
         multilabel: bool = False,
-        init_std: float = 0.02,
     ) -> None:
         """`labels` name the classes. `pooling` and `multilabel` say what its vectors are and what its logits mean."""
         super().__init__()
@@ -47,7 +47,7 @@ class ClassifierHead(nn.Module):
         self.output = nn.Linear(d_model, len(self.labels))
         for layer in (self.hidden, self.output):
             if layer is not None:
-                nn.init.normal_(layer.weight, std=init_std)
+                nn.init.normal_(layer.weight, std=_INIT_STD)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class LoRA:
     rank: int = 8
     """Columns of A^T and B, at least 1."""
 
-    alpha: float = 16.0
+    alpha: int = 16
     """The adapters' output is scaled by alpha / rank; above 0."""
 
     dropout: float = 0.0
@@ -76,8 +76,11 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int) -> None:
 
 def _targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Full names of the linear layers to adapt."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = model.named_modules()
+    linear = [name for name, module in modules if isinstance(module, nn.Linear) and name.split(".")[0] != "head"]
     inside = [name for name in linear if any(part.isdigit() for part in name.split("."))]
+    if not inside:
+        raise UserError(f"task.lora: {type(model).__name__} has no linear layers in blocks to adapt; leave it out.")
     if wanted is None:
         return inside
     found: list[str] = []

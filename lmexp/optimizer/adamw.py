@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,13 +62,14 @@ class AdamW:
             "vectors": split.vectors,
         }
         factors = layer_factors(model, self.layer_decay)
-        groups = []
+        groups: list[dict[str, Any]] = []
         for name, parameters in members.items():
             for factor in sorted({factors[p] for p in parameters}, reverse=True):
                 of_layer = [p for p in parameters if factors[p] == factor]
                 decay = 0.0 if name == "vectors" else self.weight_decay
                 full = name if factor == 1 else f"{name}_x{factor:.3g}"
                 groups.append({"name": full, "params": of_layer, "weight_decay": decay, "lr": self.lr * factor})
+        groups.sort(key=lambda group: -group["lr"])  # the first is the one whose rate is told as that of all
         everything: list[torch.Tensor] = [p for parameters in members.values() for p in parameters]
         fused = resolve_fused(self.fused, everything)
         optimizer = torch.optim.AdamW(

@@ -31,6 +31,7 @@ class BaseTask(LightningModule):
     def __init__(
         self,
         model: nn.Module,
+        metric: Any,
         optimizer: OptimizerBuilder,
         schedule: Schedule,
         max_steps: int,
@@ -52,6 +53,9 @@ class BaseTask(LightningModule):
             raise UserError(f"task.clip_norm={clip_norm}; expected a positive norm, or null for no clipping.")
         freeze_parts(model, freeze)
         self.automatic_optimization = False
+        self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
+        self.measured: dict[str, float] = {}
+        """What the last pass over a split gave, with `tokens`, how many labels were scored."""
         self.model = model
         self.build_optimizer = optimizer
         self.schedule = schedule
@@ -75,6 +79,32 @@ class BaseTask(LightningModule):
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed loss () of a micro-batch over its scored positions."""
         raise NotImplementedError
+
+    @property
+    def metric(self) -> Any:
+        """What is kept of a split."""
+        return self._metric[0]
+
+    def measure(self, final: bool) -> dict[str, float]:
+        """What the metric says of the split, of all devices; `final`: a test, not a validation while training."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        self.metric.to(self.device)
+        self.metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Write the numbers of the split under val/, against the optimizer step."""
+        self.measured = self.measure(final=False)  # while the devices are still connected
+        values = {f"val/{name}": value for name, value in self.measured.items() if name != "tokens"}
+        self.trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+        if self.logger is not None and self.trainer.state.fn == "fit":
+            self.logger.log_metrics(values, step=self.trainer.global_step)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_test_epoch_end(self) -> None:
+        self.measured = self.measure(final=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer(self.model)

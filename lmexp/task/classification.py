@@ -50,30 +50,27 @@ class TextClassification(BaseTask):
         self._check_weights(class_weights, classes)
         if metric.multilabel and label_smoothing:
             raise UserError("task.label_smoothing is of texts with one label, and these have several; set it to 0.")
-        # looked up only, when the head that multiplies with it is gone
+        # looked up only, when the head that multiplies with it is gone; an encoder-decoder counts half of a pair of tokens
         unused = sum(p.numel() for p in model.head.parameters())
         chosen: Pooling = pooling or ("first" if family == "encoder" else "last")
         width = model.embed.weight.shape[1]
         model.head = ClassifierHead(width, classes, hidden_layer, dropout, chosen, metric.multilabel)
-        super().__init__(model=model, flops_per_token=flops_per_token - 6.0 * unused, **base)
+        super().__init__(
+            model=model,
+            metric=metric,
+            flops_per_token=flops_per_token - (3.0 if family == "encoder_decoder" else 6.0) * unused,
+            **base,
+        )
         self.pooling = chosen
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
-        self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
         self._weights: Tensor | None = None
-        self.measured: dict[str, float] = {}
-        """What the last pass over a split gave, with `tokens`, how many texts were scored."""
         self.predictions: Predictions | None = None
         """What it told of each text."""
 
     def adapt(self, seed: int) -> None:
         super().adapt(seed)
         self.model.head.requires_grad_(True)  # it is new, there is nothing to adapt
-
-    @property
-    def metric(self) -> ClassificationScores:
-        """What was told of a split."""
-        return self._metric[0]
 
     @staticmethod
     def _check_weights(weights: Any, classes: Sequence[str]) -> None:
@@ -122,33 +119,15 @@ class TextClassification(BaseTask):
             label_smoothing=self.label_smoothing,
         )
 
-    def on_validation_epoch_start(self) -> None:
-        self.metric.to(self.device)
-        self.metric.reset()
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with torch.no_grad():
             for micro in split_batch(batch, self.micro_batch_size):
                 texts = (micro["labels"], micro["places"], micro["parts"])
                 self.metric.update(self.logits(micro).flatten(0, 1), *(column.flatten(0, 1) for column in texts))
 
-    def on_validation_epoch_end(self) -> None:
-        """Write the scores of the split under val/, against the optimizer step."""
-        self._measure(intervals=False)
-        values = {f"val/{name}": value for name, value in self.measured.items() if name != "tokens"}
-        self.trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
-        if self.logger is not None and self.trainer.state.fn == "fit":
-            self.logger.log_metrics(values, step=self.trainer.global_step)
-
-    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
-    def on_test_epoch_end(self) -> None:
-        self._measure(intervals=True)
-
-    def _measure(self, intervals: bool) -> None:
-        """Gather from all devices, while they are still connected."""
+    def measure(self, final: bool) -> dict[str, float]:
         with self.metric.sync_context():
             self.predictions = self.metric.predictions()
-        self.measured = self.metric.scores(self.predictions, intervals)
-        self.measured["tokens"] = len(self.predictions.labels)
+        return self.metric.scores(self.predictions, final) | {"tokens": len(self.predictions.labels)}

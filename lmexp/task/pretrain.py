@@ -18,23 +18,16 @@ class Pretrain(BaseTask):
 
     def __init__(self, metric: LanguageModeling, label_smoothing: float = 0.0, **base: Any) -> None:
         """`label_smoothing`: share of each target that is spread over all tokens in training; see `Head.smoothing`."""
-        super().__init__(**base)
+        super().__init__(metric=metric, **base)
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing={label_smoothing}; expected a share of at least 0 and less than 1.")
-        if label_smoothing and self.model.head.softcap is not None:  # type: ignore[union-attr]
+        head = self.model.head
+        if label_smoothing and (not isinstance(head, Head) or head.softcap is not None):
             raise UserError(
-                f"task.label_smoothing={label_smoothing} with a model whose logits are capped; set it to 0, or "
-                "model.softcap=null."
+                f"task.label_smoothing={label_smoothing} with a model whose logits are capped, or model=auto; set it to "
+                "0, or model.softcap=null."
             )
         self.label_smoothing = label_smoothing
-        self._metric = (metric,)  # no submodule: with half-precision weights its sums would be halved too
-        self.measured: dict[str, float] = {}
-        """What the last pass over a split gave, with `tokens`, how many were scored."""
-
-    @property
-    def metric(self) -> LanguageModeling:
-        """The sums over a split."""
-        return self._metric[0]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         return self._loss(batch, "sum")
@@ -49,10 +42,6 @@ class Pretrain(BaseTask):
             loss = loss + self.label_smoothing * head.smoothing(hidden.flatten(0, 1), labels)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self.metric.to(self.device)
-        self.metric.reset()
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with torch.no_grad():
             for micro in split_batch(batch, self.micro_batch_size):
@@ -63,22 +52,10 @@ class Pretrain(BaseTask):
                     parts = micro["parts"] if "parts" in micro else torch.zeros_like(labels)
                     self.metric.update_parts(losses, labels.flatten(), parts.flatten())
 
-    def on_validation_epoch_end(self) -> None:
-        """Write the numbers of the split under val/, against the optimizer step."""
-        self._measure()
-        values = {f"val/{name}": value for name, value in self.measured.items() if name != "tokens"}
-        self.trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
-        if self.logger is not None and self.trainer.state.fn == "fit":
-            self.logger.log_metrics(values, step=self.trainer.global_step)
-
-    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
-    def on_test_epoch_end(self) -> None:
-        self._measure()
-
-    def _measure(self) -> None:
-        """Reduce over devices, while they are still connected."""
-        self.measured = dict(self.metric.compute())
+    def measure(self, final: bool) -> dict[str, float]:
+        measured = dict(self.metric.compute())
         with self.metric.sync_context():
-            self.measured["tokens"] = int(self.metric.tokens)
+            measured["tokens"] = int(self.metric.tokens)
+        return measured

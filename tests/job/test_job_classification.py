@@ -191,6 +191,10 @@ def test_transformers_tells_the_same_and_gives_it_back(tmp_path: Path, kind: str
     asked.write_text(text + (f"\t{second}" if second else "") + "\n", encoding="utf-8")
     done = run("job=predict", f"ckpt={run_dir}", f"job.input={asked}", "trainer=cpu")
     assert done.returncode == 0, done.stderr
+    told_by = hf.AutoTokenizer.from_pretrained(out)(text, second)
+    assert told_by["input_ids"] == tokens, "the exported tokenizer puts the marks that training did"
+    if kind == "pairs":
+        assert told_by["token_type_ids"] == kinds
     with torch.no_grad():
         logits = theirs(torch.tensor([tokens]), token_type_ids=torch.tensor([kinds])).logits[0]
     expected = logits.sigmoid() if kind == "multilabel" else logits.softmax(-1)
@@ -206,6 +210,31 @@ def test_transformers_tells_the_same_and_gives_it_back(tmp_path: Path, kind: str
     before, after = (checkpoint(folder)["state_dict"] for folder in (run_dir, tmp_path / "again"))
     for name in ("model.head.hidden.weight", "model.head.output.bias", "model.blocks.1.mlp.expand.weight"):
         assert torch.equal(before[name], after[name]), name
+
+
+def test_other_classes_are_refused_in_scoring_and_taken_anew_in_training(tmp_path: Path) -> None:
+    run_dir, args = tmp_path / "run", arguments(tmp_path)
+    train(plan(*args, f"paths.run_dir={run_dir}", "max_steps=3"))
+    turned = "data.corpus.labels=[yes,no]"
+    with pytest.raises(UserError, match=r"tells no, yes, and the data have yes, no; expected.*labels=\[no,yes\]"):
+        evaluate(plan("job=evaluate", f"ckpt={run_dir}", "trainer=cpu", turned))
+    more = [f"init_from={run_dir}", "optimizer=adamw", "optimizer.lr=0", "max_steps=1"]
+    train(plan(*args, turned, *more, f"paths.run_dir={tmp_path / 'turned'}"))
+    train(plan(*args, *more, f"paths.run_dir={tmp_path / 'same'}"))
+    before, turned_state, same = (checkpoint(tmp_path / n)["state_dict"] for n in ("run", "turned", "same"))
+    name = "model.head.output.weight"
+    assert torch.equal(before[name], same[name])
+    assert not torch.equal(before[name], turned_state[name])
+    assert torch.equal(before["model.head.hidden.weight"], turned_state["model.head.hidden.weight"])
+    decoder = arguments(tmp_path, family="decoder")
+    train(plan(*decoder, f"paths.run_dir={tmp_path / 'decoder'}", "max_steps=1"))
+    with pytest.raises(UserError, match=r"Classifiers of GPT cannot be exported yet"):
+        export(plan("job=export", f"ckpt={tmp_path / 'decoder'}", f"out={tmp_path / 'out'}"))
+    done = run("job=evaluate", f"ckpt={tmp_path / 'decoder'}", f"job.questions={tmp_path / 'test.jsonl'}")
+    assert done.returncode == 2, done.stderr
+    done = run("job=predict", f"ckpt={run_dir}", f"job.input={tmp_path / 'x.tsv'}")
+    assert done.returncode == 2
+    assert "is a table; expected a text on each line" in done.stderr
 
 
 def test_early_stopping_ends_and_stays_ended(tmp_path: Path) -> None:

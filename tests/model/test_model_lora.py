@@ -32,7 +32,7 @@ def test_adapters_begin_as_nothing_train_alone_and_merge(name: str) -> None:
     model = CONFIGS[name].build(40).eval()
     before = logits(model)
     plain = {n: v.clone() for n, v in model.state_dict().items()}
-    lora = LoRA(rank=3, alpha=12.0)
+    lora = LoRA(rank=3, alpha=12)
     shapes = [
         m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and any(map(str.isdigit, n))
     ]
