@@ -34,8 +34,8 @@ def write(
     """Write config.json, model.safetensors, generation_config.json and the tokenizer's files; returns their class.
 
     The tokenizer of a classifier puts the marks around texts that it was trained with, and with `segments` tells the
-    second of two apart. Weights are written as `dtype`; rows that pad the vocabulary are left out. Raises `UserError` for a model that
-    Transformers has nothing like.
+    second of two apart. Weights are written as `dtype`; rows that pad the vocabulary are left out. Raises `UserError`
+    for a model that Transformers has nothing like.
     """
     if isinstance(model, AutoModel):
         model.network.to(dtype).save_pretrained(folder)

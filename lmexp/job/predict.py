@@ -73,8 +73,8 @@ def read_rows(source: str | None, n_texts: int) -> list[dict[str, Any]]:
         )
     if kind_of(Path(source)) not in (None, "jsonl"):
         raise UserError(
-            f"job.input={source} is a table; expected a text on each line, or JSON lines (.jsonl) with `text`. To score "
-            "a table with labels use job=evaluate data=labelled_files job.predictions=FILE."
+            f"job.input={source} is a table; expected a text on each line, or JSON lines (.jsonl) with `text`. To "
+            "score a table with labels use job=evaluate data=labelled_files job.predictions=FILE."
         )
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")

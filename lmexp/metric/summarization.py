@@ -15,10 +15,10 @@ _SENTENCE_END = re.compile(r"(?<!\.\w)[.!?][\"'`)\]]*(?=\s|$)|\n\s*\n")
 def rouge(outputs: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """`rouge1`, `rouge2` and `rougeL` of each pair: F-measures (Lin 2004), 0 to 100, by the package `rouge-score`.
 
-    Words are Porter-stemmed, as papers do, and a text is one sentence for ROUGE-L: of summaries of several sentences
-    papers often report the summary-level ROUGE-L instead (rouge-score's rougeLsum), which is higher. Its tokenizer knows a to z and 0 to
-    9 only, after lower-casing: any other letter ends a word and is dropped, so that `Grüße` is `gr e`, and a text
-    without such letters scores 0, even beside itself.
+    Words are Porter-stemmed, as papers do, and a text is one sentence for ROUGE-L: of summaries of several
+    sentences papers often report the summary-level ROUGE-L instead (rouge-score's rougeLsum), which is higher. Its
+    tokenizer knows a to z and 0 to 9 only, after lower-casing: any other letter ends a word and is dropped, so that
+    `Grüße` is `gr e`, and a text without such letters scores 0, even beside itself.
     """
     from rouge_score.rouge_scorer import RougeScorer  # here, because it imports nltk and absl
 

@@ -50,7 +50,7 @@ class TextClassification(BaseTask):
         self._check_weights(class_weights, classes)
         if metric.multilabel and label_smoothing:
             raise UserError("task.label_smoothing is of texts with one label, and these have several; set it to 0.")
-        # looked up only, when the head that multiplies with it is gone; an encoder-decoder counts half of a pair of tokens
+        # looked up only, when the head that multiplies with it is gone; an encoder-decoder counts half a pair of tokens
         unused = sum(p.numel() for p in model.head.parameters())
         chosen: Pooling = pooling or ("first" if family == "encoder" else "last")
         width = model.embed.weight.shape[1]

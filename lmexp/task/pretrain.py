@@ -24,8 +24,8 @@ class Pretrain(BaseTask):
         head = self.model.head
         if label_smoothing and (not isinstance(head, Head) or head.softcap is not None):
             raise UserError(
-                f"task.label_smoothing={label_smoothing} with a model whose logits are capped, or model=auto; set it to "
-                "0, or model.softcap=null."
+                f"task.label_smoothing={label_smoothing} with a model whose logits are capped, or model=auto; set it "
+                "to 0, or model.softcap=null."
             )
         self.label_smoothing = label_smoothing
 
