@@ -177,6 +177,8 @@ def _callbacks(
     if checkpoint is not None and measured and checkpoint.monitor not in measured:
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
     stopping = made.get("early_stopping")
+    if stopping is not None and checkpoint is not None and stopping.monitor is None:
+        stopping.follow(checkpoint.monitor, "min" if checkpoint.sign == 1 else "max")
     if stopping is not None and not stopping.idle and measured and stopping.monitor not in measured:
         errors.append(f"callback.early_stopping.monitor={stopping.monitor}; expected one of {', '.join(measured)}.")
     used = [c for c in made.values() if not getattr(c, "idle", False)]  # each one costs every step something

@@ -296,7 +296,7 @@ def test_mistakes(tmp_path: Path) -> None:
     )
     for options, said in mistakes:
         with pytest.raises(UserError, match=said):
-            Docstrings(**options)
+            Docstrings(**options).fingerprint()
     with pytest.raises(UserError, match="no Python sources"):
         Docstrings(roots=(str(tmp_path / "empty"),)).fingerprint()
     with pytest.raises(UserError, match=r"no test split.*corpus.test=0.05"):

@@ -217,7 +217,7 @@ def test_other_classes_are_refused_in_scoring_and_taken_anew_in_training(tmp_pat
     train(plan(*args, f"paths.run_dir={run_dir}", "max_steps=3"))
     turned = "data.corpus.labels=[yes,no]"
     with pytest.raises(UserError, match=r"tells no, yes, and the data have yes, no; expected.*labels=\[no,yes\]"):
-        evaluate(plan("job=evaluate", f"ckpt={run_dir}", "trainer=cpu", turned))
+        evaluate(plan("job=evaluate", f"ckpt={run_dir}", "trainer=cpu", f"+{turned}"))
     more = [f"init_from={run_dir}", "optimizer=adamw", "optimizer.lr=0", "max_steps=1"]
     train(plan(*args, turned, *more, f"paths.run_dir={tmp_path / 'turned'}"))
     train(plan(*args, *more, f"paths.run_dir={tmp_path / 'same'}"))

@@ -18,6 +18,7 @@ from lmexp.job.train import train
 from lmexp.run import checkpoint as files
 from lmexp.tokenizer.bpe import BPE
 from lmexp.tokenizer.tokenizer import Tokenizer
+from tests.job.test_job_objectives import data as paired_files
 from tests.runs import ROOT, TINY, checkpoint, corpus, plan, run, scalars
 
 NEED_A_TEXT = ("shakespeare_char",)
@@ -29,6 +30,18 @@ PAPERS = {
     "xlm": ["objective.language_embeddings=false"],
 }
 """Recipes at their real size, on data of the hub -> what makes them small."""
+LABELS = ("sentiment", "sentiment_sst2", "finetune_hf_sentiment")
+"""Recipes that tell labels."""
+PAIRS = {
+    "summarize": [],
+    "summarize_cnn": ["objective.max_target=null", "model.activation_dropout=0", "decoding.min_new_tokens=0"],
+    "translate_iwslt": [],
+    "translate_multi30k": [],
+    "finetune_lora": ["task.lora=null", "model.n_kv_heads=2"],
+}
+"""Recipes from text to text -> what makes them small."""
+PRETRAINED = ("gpt2", "finetune_hf_sentiment", "summarize_cnn", "finetune_lora")
+"""Recipes with a tokenizer of the hub's."""
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -249,13 +262,23 @@ def test_a_compiled_runs_checkpoint_loads_uncompiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_overfits_one_batch(tmp_path: Path, name: str) -> None:
     """Composed as shipped, built small: with one batch over and over its loss falls to nearly nothing."""
-    small = ["model.n_layers=2", "model.d_model=64", "model.n_heads=2", "data.block_size=32", "batch_size=4"]
-    small += ["model.max_length=32"]
+    block = 112 if name in PAIRS else 64 if name in LABELS else 32
+    small = ["model.n_layers=2", "model.d_model=64", "model.n_heads=2", f"data.block_size={block}", "batch_size=4"]
+    small += [f"model.max_length={block}"]
+    if name in LABELS:
+        small += [*labelled_files(tmp_path), "task.dropout=0", "metric.bootstrap=0"]
+    if name in PAIRS:
+        small += [*paired_files("pairs", tmp_path), "task.label_smoothing=0", "callback.answers.examples=2"]
+        small += ["max_steps=400", *PAIRS[name]]
+    if name in LABELS or name in PAIRS:
+        small += ["schedule.warmup=0", "optimizer.lr=0.03", "optimizer.weight_decay=0", "model.d_ff=128"]
+    if name in PRETRAINED and name != "gpt2":
+        small += ["init_from=null"]
     if name in PAPERS:
         small += ["data=files", "data.corpus.by=tail", "schedule.warmup=0", "max_steps=400", *PAPERS[name]]
     if name in PAPERS or name in NEED_A_TEXT:
         small += [corpus(tmp_path)]
-    if name == "gpt2":
+    if name in PRETRAINED:
         tokenizer = BPE(vocab_size=300).train(iter(["the model reads a line and writes another one of them"]))
         small += [f"tokenizer.path={tokenizer.save(tmp_path)}"]
     elif name not in NEED_A_TEXT:
@@ -274,12 +297,20 @@ def test_every_experiment_overfits_one_batch(tmp_path: Path, name: str) -> None:
     args += [
         f"paths.cache_dir={tmp_path / 'cache'}",
         f"paths.run_dir={tmp_path / 'run'}",
-        "callback.samples.prompts=[]",
+        *([] if name in LABELS else ["callback.samples.prompts=[]"]),
     ]
     train(plan(*args))
     curve = [value for _, value in scalars(tmp_path / "run")["train/loss"]]
-    assert curve[0] > 2
+    assert curve[0] > (0.3 if name in LABELS else 2)
     assert curve[-1] < 0.1
+
+
+def labelled_files(folder: Path) -> list[str]:
+    """The overrides that name a few texts with labels."""
+    path = folder / "labelled.jsonl"
+    rows = [{"text": f"the line {i} is {'good' if i % 2 else 'bad'}", "label": "yn"[i % 2]} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return ["data=labelled_files", f"data.corpus.train={path}", f"data.corpus.validation={path}"]
 
 
 def compose_target(name: str) -> str:
