@@ -134,7 +134,7 @@ class _Answers:
         self.cache.select(rows)
 
 
-_WORTH_THREADS = 2**27
+_WORTH_THREADS = 2**25
 """Multiplications of a step from which on a CPU's threads save more than waiting for one another costs."""
 
 

@@ -153,13 +153,19 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
-        if len(rows) == self.keys.shape[1] and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-            return
         seen = slice(0, self.length)
         shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
+        moved = None  # where the batch stays as large, the rows that change
+        if self.keys.shape == shape:
+            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+            if not len(moved):
+                return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old if old.shape == shape else torch.zeros(shape, device=old.device, dtype=old.dtype)
+            if moved is not None:
+                old[:, :, :, seen].index_copy_(1, moved, old[:, :, :, seen].index_select(1, rows[moved]))
+                continue
+            new = torch.zeros(shape, device=old.device, dtype=old.dtype)
             new[:, :, :, seen] = old[:, :, :, seen][:, rows]
             setattr(self, name, new)
         if self.documents is not None:
