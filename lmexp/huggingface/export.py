@@ -131,7 +131,7 @@ def _write_tokenizer(
     if tokenizer.unk_id is not None:
         special["unk_token"] = spelling(tokenizer.unk_id)
     special |= {theirs: spelling(tokenizer.roles[role]) for role, theirs in _ROLES.items() if role in tokenizer.roles}
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
