@@ -1,6 +1,6 @@
 """SST-2 from a Hugging Face encoder's weights: lmexp beside Transformers' Trainer, and lmexp from nothing.
 
-    python benchmarks/finetune.py --encoder FOLDER --sst2 FOLDER [--seeds 3] [--together]
+    python benchmarks/finetune.py --encoder FOLDER --sst2 FOLDER [--seeds 3] [--epochs 3] [--together]
 
 `--sst2` holds train.tsv and dev.tsv (label, tab, sentence). Both sides: the same weights, epochs, batch, AdamW, rate
 and linear decay, validated after each epoch, each as a whole process; they take turns, seed by seed, or, with
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from measure import head, median, ours, run, table
 
-EPOCHS, BATCH, RATE, DECAY = 3, 32, 1e-4, 0.01
+BATCH, RATE, DECAY = 32, 1e-4, 0.01
 
 
 def rows_of(path: Path) -> list[tuple[int, str]]:
@@ -29,7 +29,7 @@ def rows_of(path: Path) -> list[tuple[int, str]]:
     return [(int(label), text) for label, text in (line.split("\t", 1) for line in lines if line)]
 
 
-def side(encoder: str, sst2: Path, seed: int) -> float:
+def side(encoder: str, sst2: Path, seed: int, epochs: int) -> float:
     """Accuracy of Transformers' model after its Trainer."""
     import datasets
     import transformers as hf
@@ -48,7 +48,7 @@ def side(encoder: str, sst2: Path, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         arguments = hf.TrainingArguments(
             output_dir=folder,
-            num_train_epochs=EPOCHS,
+            num_train_epochs=epochs,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=64,
             learning_rate=RATE,
@@ -78,13 +78,14 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="a folder with a BERT, its tokenizer and config.json")
     parser.add_argument("--sst2", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--together", action="store_true", help="both at once, a core each")
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:
-        print(json.dumps(side(options.encoder, options.sst2, options.side)))
+        print(json.dumps(side(options.encoder, options.sst2, options.side, options.epochs)))
         return
-    steps = EPOCHS * (len(rows_of(options.sst2 / "train.tsv")) // BATCH)
+    steps = options.epochs * (len(rows_of(options.sst2 / "train.tsv")) // BATCH)
     corpus = (
         f"data.corpus={{train: {options.sst2}/train.tsv, validation: {options.sst2}/dev.tsv, text: sentence, "
         "columns: [label, sentence], labels: [negative, positive]}"
@@ -97,10 +98,14 @@ def main() -> None:
             tuned = [
                 *("experiment=finetune_hf_sentiment", *data, f"init_from={options.encoder}", f"seed={seed}"),
                 *(f"batch_size={BATCH}", f"optimizer.lr={RATE}", f"optimizer.weight_decay={DECAY}"),
-                *(f"max_steps={steps}", f"validate_every={steps // EPOCHS}", f"paths.cache_dir={folder / str(seed)}"),
+                *(
+                    f"max_steps={steps}",
+                    f"validate_every={steps // options.epochs}",
+                    f"paths.cache_dir={folder / str(seed)}",
+                ),
             ]
             command = [sys.executable, __file__, "--encoder", options.encoder, "--sst2", str(options.sst2)]
-            command += ["--side", str(seed)]
+            command += ["--side", str(seed), "--epochs", str(options.epochs)]
             if options.together:
                 with ThreadPoolExecutor() as both:
                     alone = {"OMP_NUM_THREADS": "1"}
