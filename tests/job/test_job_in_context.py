@@ -65,6 +65,7 @@ def restored(model: Any, tokenizer: Any = None, objective: Any = None) -> Any:
         tokenizer=tokenizer or ByteTokenizer(),
         parts=SimpleNamespace(objective=objective or CausalLM()),
         path="x.ckpt",
+        classes=None,
     )
 
 
