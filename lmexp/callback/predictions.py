@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
-from lmexp.data.labelled import COLUMNS
+from lmexp.corpus.labelled import COLUMNS
 from lmexp.metric.classification import N_BINS, Predictions
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lmexp.contracts import Split, UserError
+from lmexp.corpus.content import split_of, splits_of
 from lmexp.corpus.parts import Part, Parted, check_alpha, check_languages, did_you_mean, pair, single
 
 if TYPE_CHECKING:
@@ -107,12 +108,7 @@ class Cldr(Parted):
     @property
     def splits(self) -> tuple[Split, ...]:
         """The splits there are."""
-        splits: list[Split] = ["train"]
-        if self.validation > 0:
-            splits.append("validation")
-        if self.test > 0:
-            splits.append("test")
-        return tuple(splits)
+        return splits_of(self.validation, self.test)
 
     def parts(self) -> list[Part]:
         """Each language alone, unless `monolingual` is false, then the pairs."""
@@ -165,10 +161,7 @@ class Cldr(Parted):
 
     def _split_of(self, phrase: Phrase) -> Split:
         group = json.dumps(sorted(names_in(phrase)))
-        place = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-        if place < self.validation:
-            return "validation"
-        return "test" if place < self.validation + self.test else "train"
+        return split_of(group, self.validation, self.test)
 
 
 def names_in(phrase: Phrase) -> set[str]:

@@ -1,4 +1,4 @@
-"""Hashes of files' contents, remembered so that large files are read once."""
+"""Hashes: of files' contents, remembered so that large files are read once, and of names, which decide the split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmexp.contracts import UserError
+from lmexp.contracts import Split, UserError
 
 _INDEX = "fingerprints.json"
 
@@ -37,6 +37,24 @@ def content_hash(paths: Sequence[Path], cache_dir: str | Path | None) -> str:
     if changed and index_path is not None:
         _write(index_path, index)
     return digest.hexdigest()
+
+
+def splits_of(validation: float, test: float) -> tuple[Split, ...]:
+    """The splits of a corpus that is cut by these fractions."""
+    splits: list[Split] = ["train"]
+    if validation > 0:
+        splits.append("validation")
+    if test > 0:
+        splits.append("test")
+    return tuple(splits)
+
+
+def split_of(name: str, validation: float, test: float) -> Split:
+    """Where the hash of a name, or of a text, sends it: about these fractions of all go to validation and test."""
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    if place < validation:
+        return "validation"
+    return "test" if place < validation + test else "train"
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lmexp.contracts import Split, UserError
-from lmexp.corpus.content import content_hash
+from lmexp.corpus.content import content_hash, split_of, splits_of
 from lmexp.corpus.parts import Part, Parted, did_you_mean, pair, rows_of
 
 if TYPE_CHECKING:
@@ -142,12 +142,7 @@ class Docstrings(Parted):
     @property
     def splits(self) -> tuple[Split, ...]:
         """The splits there are."""
-        splits: list[Split] = ["train"]
-        if self.validation > 0:
-            splits.append("validation")
-        if self.test > 0:
-            splits.append("test")
-        return tuple(splits)
+        return splits_of(self.validation, self.test)
 
     def parts(self) -> list[Part]:
         """One: bodies beside summaries."""
@@ -249,10 +244,7 @@ class Docstrings(Parted):
         return prose >= self.min_body_words and code <= words / 2
 
     def _split_of(self, module: str) -> Split:
-        place = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "big") / 2**64
-        if place < self.validation:
-            return "validation"
-        return "test" if place < self.validation + self.test else "train"
+        return split_of(module, self.validation, self.test)
 
 
 def _names(key: str, names: Sequence[str] | None, example: str) -> tuple[str, ...] | None:

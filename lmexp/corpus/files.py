@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from lmexp.contracts import Split, UserError
-from lmexp.corpus.content import content_hash
+from lmexp.corpus.content import content_hash, split_of
 from lmexp.corpus.tables import Paths, check_columns, found, kind_of, opened_text, table_rows
 
 if TYPE_CHECKING:
@@ -156,10 +156,7 @@ class Files:
                 yield part
 
     def _split_of(self, text: str) -> Split:
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        if place < self.validation_fraction:
-            return "validation"
-        return "test" if place < self.validation_fraction + self.test_fraction else "train"
+        return split_of(text, self.validation_fraction, self.test_fraction)
 
     def _read(self, files: Sequence[Path]) -> Iterator[str]:
         """The documents of these files; whatever is wrong with one is a `UserError` that names it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lmexp.contracts import Split, UserError
-from lmexp.corpus.content import content_hash
+from lmexp.corpus.content import content_hash, split_of
 from lmexp.corpus.hub import Hub
 from lmexp.corpus.tables import KINDS, BrokenRows, Paths, check_columns, found, kind_of, short, table_rows, unit_of
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-_TEXTS = ("text", "text2")
+COLUMNS = ("text", "text2")
+"""Of the texts of a row."""
+
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
@@ -219,7 +221,7 @@ class Labelled(ABC):
         number = Value("int64")
         features = Features({"label": [number] if self.multilabel else number, "group": number})
         encoded = Dataset.from_dict({"label": labels, "group": groups}, features=features)
-        rows = concatenate_datasets([read.select_columns(list(_TEXTS[: self.n_texts])), encoded], axis=1)
+        rows = concatenate_datasets([read.select_columns(list(COLUMNS[: self.n_texts])), encoded], axis=1)
         if source == "train" and any(self.fractions.values()):
             kept = [row for row, text in enumerate(_column(read, "text")) if self._split_of(text) == split]
             if not kept:
@@ -234,10 +236,7 @@ class Labelled(ABC):
 
     def _split_of(self, text: str) -> Split:
         """By the first text alone: rows that share it stand in one split."""
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        if place < self.fractions["validation"]:
-            return "validation"
-        return "test" if place < sum(self.fractions.values()) else "train"
+        return split_of(text, self.fractions["validation"], self.fractions["test"])
 
     def _numbers(self, split: Split) -> list[Any]:
         """The labels of a split's rows as numbers."""
@@ -287,7 +286,7 @@ class Labelled(ABC):
         from datasets.exceptions import DatasetGenerationError
 
         name, number = Value("string"), Value("int64")
-        texts = dict.fromkeys(_TEXTS[: self.n_texts], Value("large_string"))
+        texts = dict.fromkeys(COLUMNS[: self.n_texts], Value("large_string"))
         kept = {"label": [name] if self.multilabel else name, "group": name, "source": number, "number": number}
         try:
             return Dataset.from_generator(
@@ -330,7 +329,7 @@ class Labelled(ABC):
                 wrong.append(Wrong(what, "Choose a column of texts with data.corpus.text=NAME."))
             elif not (text or "").strip():
                 wrong.append(self._lacking(f"no text in column {column!r}"))
-        return {name: row.get(column) for name, column in zip(_TEXTS, self.text, strict=False)}
+        return {name: row.get(column) for name, column in zip(COLUMNS, self.text, strict=False)}
 
     def _label_of(self, row: Mapping[str, Any], source: Source, wrong: list[Wrong]) -> Any:
         """The name of the label, or a list of them; `wrong` as above."""

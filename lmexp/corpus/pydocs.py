@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmexp.contracts import Split, UserError
+from lmexp.corpus.content import split_of, splits_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,12 +54,7 @@ class PyDocs:
     @property
     def splits(self) -> tuple[Split, ...]:
         """The splits there are."""
-        splits: list[Split] = ["train"]
-        if self.validation > 0:
-            splits.append("validation")
-        if self.test > 0:
-            splits.append("test")
-        return tuple(splits)
+        return splits_of(self.validation, self.test)
 
     def fingerprint(self) -> str:
         """sha256 over the sources that the documents are made of, and the fractions."""
@@ -79,10 +75,7 @@ class PyDocs:
         return Dataset.from_dict({"text": [text for name, text in self.documents if self._split_of(name) == split]})
 
     def _split_of(self, name: str) -> Split:
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        if place < self.validation:
-            return "validation"
-        return "test" if place < self.validation + self.test else "train"
+        return split_of(name, self.validation, self.test)
 
     @cached_property
     def documents(self) -> list[tuple[str, str]]:

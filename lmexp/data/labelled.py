@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from lmexp.contracts import Sample, Split
-from lmexp.corpus.labelled import LabelledCorpus
+from lmexp.corpus.labelled import COLUMNS, LabelledCorpus
 from lmexp.data.mixture import Side, TextOrder
-
-COLUMNS = ("text", "text2")
 
 
 def is_labelled(corpus: Any) -> bool:

@@ -10,9 +10,10 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from lmexp.contracts import EVAL_SEED, Family, Objective, ReadsWholeTexts, Sample, Split, UserError
+from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.parts import Part, smoothed
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
-from lmexp.data.labelled import COLUMNS, AllTexts, Examples, is_labelled, labels_of
+from lmexp.data.labelled import AllTexts, Examples, is_labelled, labels_of
 from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches
 from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged
 from lmexp.data.order import BlockOrder

@@ -135,7 +135,8 @@ class _Answers:
 
 
 _WORTH_THREADS = 2**25
-"""Multiplications of a step from which on a CPU's threads save more than waiting for one another costs."""
+"""Multiplications of a step from which on a CPU's threads are worth it: below, they save little on a quiet machine and
+lose much on a busy one, where they wait for one another."""
 
 
 @contextmanager

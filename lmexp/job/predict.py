@@ -16,8 +16,8 @@ import torch
 from lmexp.callback.answers import write_for
 from lmexp.callback.predictions import answer
 from lmexp.contracts import IGNORE_INDEX, Sample, UserError
+from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.tables import kind_of
-from lmexp.data.labelled import COLUMNS
 from lmexp.data.loader import each_tensor
 from lmexp.job.build import accelerator_of, precision_of
 from lmexp.job.check import check_out

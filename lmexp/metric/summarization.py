@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCORES = ("rouge1", "rouge2", "rougeL", "novel_bigrams", "exact_match", "length_ratio", "lead_rougeL")
 """What `scores` gives."""
@@ -55,16 +59,23 @@ def bootstrap(values: Sequence[float], resamples: int, seed: int = 0) -> float:
     with replacement (Efron 1979). The same for the same values, resamples and seed."""
     import numpy as np
 
-    assert len(values) > 0
-    assert resamples > 0
     sample = np.asarray(values, dtype=np.float64)
+    return half_width(lambda rows: float(sample[rows].mean()), len(sample), resamples, seed)
+
+
+def half_width(statistic: Callable[[np.ndarray], float], n: int, resamples: int, seed: int = 0) -> float:
+    """The same for any number that is made of n examples, given which of them were drawn."""
+    import numpy as np
+
+    assert n > 0
+    assert resamples > 0
     random = np.random.default_rng(seed)
-    means = [sample[random.integers(0, len(sample), len(sample))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    drawn = [statistic(random.integers(0, n, n)) for _ in range(resamples)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return float(high - low) / 2
 
 
-_half_width = bootstrap  # `scores` has an argument of that name
+_mean_interval = bootstrap  # `scores` has an argument of that name
 
 
 def scores(
@@ -85,7 +96,7 @@ def scores(
     for kind, values in found.items():
         result[kind] = fmean(values)
         if bootstrap:
-            result[f"{kind}_ci"] = _half_width(values, bootstrap)
+            result[f"{kind}_ci"] = _mean_interval(values, bootstrap)
     result["novel_bigrams"] = novel_ngrams(outputs, sources, 2)
     result["exact_match"] = fmean(o == r for o, r in zip(outputs, references, strict=True))
     words = sum(len(reference.split()) for reference in references)

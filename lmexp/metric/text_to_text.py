@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lmexp.metric.summarization import bootstrap as mean_interval
+from lmexp.metric.summarization import half_width
 
 SCORES = ("bleu", "chrf", "ter", "exact_match", "length_ratio")
 """What `scores` gives."""
@@ -36,7 +38,7 @@ def scores(outputs: Sequence[str], references: Sequence[str], bootstrap: int = 0
         counts = np.array(metric._extract_corpus_statistics(list(outputs), [list(references)]), dtype=np.float64)
         result[name] = float(metric._compute_score_from_stats(counts.sum(0).tolist()).score)
         if bootstrap:
-            result[f"{name}_ci"] = _half_width(metric, counts, bootstrap)
+            result[f"{name}_ci"] = half_width(partial(_of_drawn, metric, counts), len(counts), bootstrap)
     result["exact_match"] = sum(o == r for o, r in zip(outputs, references, strict=True)) / len(outputs)
     if bootstrap:
         result["exact_match_ci"] = mean_interval([o == r for o, r in zip(outputs, references, strict=True)], bootstrap)
@@ -45,11 +47,8 @@ def scores(outputs: Sequence[str], references: Sequence[str], bootstrap: int = 0
     return result
 
 
-def _half_width(metric: Any, counts: np.ndarray, resamples: int) -> float:
-    rng = np.random.default_rng(0)
-    drawn = (counts[rng.integers(len(counts), size=len(counts))].sum(0) for _ in range(resamples))
-    low, high = np.percentile([metric._compute_score_from_stats(sums.tolist()).score for sums in drawn], (2.5, 97.5))
-    return float(high - low) / 2
+def _of_drawn(metric: Any, counts: np.ndarray, rows: np.ndarray) -> float:
+    return float(metric._compute_score_from_stats(counts[rows].sum(0).tolist()).score)
 
 
 def sentence_chrf(output: str, reference: str) -> float:
