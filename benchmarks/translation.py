@@ -118,8 +118,10 @@ def side(folder: Path, tokenizer_file: Path, seconds: float) -> dict[str, Any]:
         return model.eval(), spent, sum(losses[-2:]) / len(losses[-2:])
 
     _, spent, _ = trained(RATES[0], PILOT_STEPS)
-    steps = int(seconds / (spent / PILOT_STEPS))
-    rate = min(RATES, key=lambda r: trained(r, max(60, steps // 20))[2])
+    short = max(60, int(seconds / (spent / PILOT_STEPS)) // 20)
+    pilots = {rate: trained(rate, short)[1:] for rate in RATES}
+    rate = min(RATES, key=lambda r: pilots[r][1])
+    steps = int(seconds / min(spent / short for spent, _ in pilots.values()))  # not of the first steps, which are slow
     model, spent, _ = trained(rate, steps)
     outputs: list[str] = []
     sources = ids(texts["val.en"])

@@ -29,6 +29,10 @@ class UserError(ValueError):
     """A mistake of the user's: its text names the thing, what was expected and the fix. `run.py` exits with 2."""
 
 
+class Diverged(UserError):
+    """A loss or a gradient that is not finite. Nothing was saved after it."""
+
+
 class Interrupted(Exception):
     """A signal stopped the run after a checkpoint was saved. `run.py` exits with 75."""
 

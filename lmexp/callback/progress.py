@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
+from lmexp.run.terminal import clock
 
 
 class Progress(RunCallback):
@@ -21,7 +24,7 @@ class Progress(RunCallback):
             raise UserError(f"callback.progress.lines_every={lines_every}; expected at least 1 second.")
         self.lines_every = lines_every
         self._bar: Bar | None = None
-        self._last_line = 0.0
+        self._last_line = self._noted = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = self._last_line = time.monotonic()
@@ -45,6 +48,8 @@ class Progress(RunCallback):
         step = trainer.global_step
         if step % self.session.log_every and step != self.session.max_steps:
             return
+        if trainer.is_global_zero and time.monotonic() - self._noted >= 0.5:
+            self._note(step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, told=self._told(step), description="training")
             self._bar.refresh()
@@ -68,6 +73,7 @@ class Progress(RunCallback):
         train = self.session.metrics.get("train/loss")
         told += "" if train is None else f"  train/loss {train:.4f}"
         self._last_line = time.monotonic()
+        self._note(trainer.global_step)
         self.session.terminal.print(f"step {trainer.global_step}/{self.session.max_steps}  {told}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,16 +88,23 @@ class Progress(RunCallback):
             self._bar.stop()
             self._bar = None
 
+    def _note(self, step: int) -> None:
+        """For whoever watches a sweep; a note that is lost is no harm."""
+        path = self.session.progress
+        if path is None:
+            return
+        self._noted = time.monotonic()
+        values = {tag: value for tag, value in self.session.metrics.items() if tag.startswith(("val/", "train/loss"))}
+        beside = path.with_suffix(".tmp")
+        try:
+            beside.write_text(json.dumps({"step": step, "of": self.session.max_steps, **values}), encoding="utf-8")
+            os.replace(beside, path)
+        except OSError:
+            pass
+
     def _told(self, step: int) -> str:
         metrics = self.session.metrics
         done = step - self._first
         left = (time.monotonic() - self._begun) / max(1, done) * (self.session.max_steps - step)
         speed = metrics.get("speed/tokens_per_second", 0.0)
         return f"loss {metrics.get('train/loss', float('nan')):.3f}  {speed:,.0f} tokens/s  {clock(left)} left"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:42 or 1:02:03."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

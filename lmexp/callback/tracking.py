@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lmexp.callback.base import RunCallback
-from lmexp.contracts import MeasuredTask, StepRecord, UserError
+from lmexp.contracts import Diverged, MeasuredTask, StepRecord, UserError
 from lmexp.run import events
 
 _RATIO_ELEMENTS = 2**24
@@ -94,7 +94,7 @@ class Tracking(RunCallback):
                 trainer.logger.log_metrics(drawn, step=trainer.global_step)
         loss = self.session.metrics.get("val/loss", 0.0)
         if trainer.state.fn == "fit" and not math.isfinite(loss):
-            raise UserError(
+            raise Diverged(
                 f"Training diverged: the validation loss after step {trainer.global_step} is {loss}, gradient norms "
                 f"before: {self._norms}, norm of all weights {_size(pl_module):.4g}. Nothing was saved after that; the "
                 f"last good checkpoint is in {self.session.directory.checkpoints}. {_ADVICE}"
@@ -170,7 +170,7 @@ class Tracking(RunCallback):
                 continue
             earlier = ", ".join(f"{n:.4g}" for n in record.grad_norm[max(0, place - 5) : place]) or "not in this window"
             first = step * self.session.batch_size
-            raise UserError(
+            raise Diverged(
                 f"Training diverged at step {step + 1}: loss {loss}, gradient norm {norm} (in the steps before: "
                 f"{earlier}), norm of all weights by now {_size(task):.4g}. The batch was samples {first} to "
                 f"{first + self.session.batch_size - 1}. Nothing was saved after that; the last good checkpoint is in "

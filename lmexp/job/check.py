@@ -104,7 +104,7 @@ WHOLE = {"seed": 0, "batch_size": 1, "max_steps": 1, "validate_every": 1, "log_e
 _PARTS = ("data", "tokenizer", "model", "objective", "optimizer", "schedule", "decoding", "metric")
 
 ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "init_from", "out", "format"} | {
-    *("job", "task", "callback", "logger", "trainer", "paths")
+    *("job", "task", "callback", "logger", "trainer", "paths", "sweep", "seeds")
 }
 """Every key of the root that something reads."""
 

@@ -18,15 +18,19 @@ import tempfile
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmexp.contracts import UserError
+from lmexp.contracts import Diverged, Interrupted, UserError
 from lmexp.job.errors import ERROR_FILE, INTERRUPTED, USER_ERROR, ChildFailed, exit_code_of_errors
 from lmexp.job.plan import Plan
 
 _LEASH = "LMEXP_LEASH"
 """File descriptor of a pipe whose other end the launching process holds: when it ends, so do its ranks."""
+
+HANDED_ON = (signal.SIGTERM, signal.SIGINT)
+"""Signals that go on to the processes of a job."""
 
 _GRACE_S = 10.0
 
@@ -40,10 +44,14 @@ def launch(plan: Plan) -> float | None:
     """
     if "LOCAL_RANK" in os.environ:  # started by torchrun or the like
         return run_here(plan)
-    count = _device_count(plan)
+    count = device_count(plan)
     if count == 1 and not plan.in_sweep:
         return run_here(plan)
-    return _run_in_processes(plan, count)
+    with Ranks(plan, count) as ranks:
+        outcome = ranks.wait()
+    if outcome.code:
+        raise ChildFailed(outcome.code)
+    return outcome.metric
 
 
 def run_here(plan: Plan) -> float | None:
@@ -55,7 +63,8 @@ def run_here(plan: Plan) -> float | None:
     return get_method(plan.config.job._target_)(plan)
 
 
-def _device_count(plan: Plan) -> int:
+def device_count(plan: Plan) -> int:
+    """Processes that the job needs, one on each device."""
     devices = plan.config.trainer.devices
     if devices == "auto":
         if plan.config.trainer.accelerator not in ("cuda", "auto"):
@@ -75,7 +84,7 @@ def _limit_threads(plan: Plan) -> None:
         raise UserError(f"trainer.threads={threads}; expected a number of at least 1, or null.")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if threads is None and local > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, _cores() // local)
+        threads = max(1, cores() // local)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         if "torch" in sys.modules:  # it read the variable when it was imported
@@ -97,46 +106,138 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_in_processes(plan: Plan, count: int) -> float | None:
-    with tempfile.TemporaryDirectory(prefix="lmexp-") as folder:
-        plan_file, result_file = Path(folder, "plan.json"), Path(folder, "result.json")
+@dataclass(frozen=True)
+class Outcome:
+    """How a job's processes ended."""
+
+    code: int
+    """Exit code of all together."""
+
+    metric: float | None = None
+    """What the job returned."""
+
+    kind: str = ""
+    """diverged, mistake, crash, interrupted, killed; empty for a job that is done."""
+
+    said: str = ""
+    """The error."""
+
+
+class Ranks:
+    """The processes of one job, which live and die together; a context."""
+
+    def __init__(
+        self, plan: Plan, count: int, environment: dict[str, str] | None = None, output: Path | None = None
+    ) -> None:
+        """Start them. `environment`: variables besides this process's. `output`: where what they print is appended
+        instead of being shown."""
+        self._folder = tempfile.TemporaryDirectory(prefix="lmexp-")
+        folder = Path(self._folder.name)
+        plan_file, self._result_file = folder / "plan.json", folder / "result.json"
         plan_file.write_text(plan.to_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "lmexp.job.launch", str(plan_file), str(result_file)]
-        read_end, write_end = os.pipe()
-        ranks: list[subprocess.Popen[bytes]] = []
-        port = _free_port()
+        command = [sys.executable, "-m", "lmexp.job.launch", str(plan_file), str(self._result_file)]
+        self._ends = os.pipe()
+        self._shown = None if output is None else output.open("ab")
+        self._failed_at: float | None = None
+        self.processes: list[subprocess.Popen[bytes]] = []
         try:
+            port = _free_port()
             for rank in range(count):
-                environment = {**os.environ, _LEASH: str(read_end), **_rank_variables(rank, count, port)}
-                environment[ERROR_FILE] = str(Path(folder, f"error-{rank}"))
-                stdin = None if rank == 0 else subprocess.DEVNULL
+                variables = {**os.environ, **(environment or {}), _LEASH: str(self._ends[0])}
+                variables |= {**_rank_variables(rank, count, port), ERROR_FILE: str(folder / f"error-{rank}")}
                 # a session of its own: the terminal's Ctrl-C comes to this process alone, which hands it on once
-                ranks.append(
+                self.processes.append(
                     subprocess.Popen(
-                        command, env=environment, pass_fds=(read_end,), stdin=stdin, start_new_session=True
+                        command,
+                        env=variables,
+                        pass_fds=(self._ends[0],),
+                        stdin=None if rank == 0 and output is None else subprocess.DEVNULL,
+                        stdout=self._shown,
+                        stderr=self._shown,
+                        start_new_session=True,
                     )
                 )
-            code = _wait(ranks)
-        finally:
-            for process in ranks:
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, number: int) -> None:
+        """A signal to all that are running."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def running(self) -> bool:
+        """Whether any runs still. Once one has failed, the others are given some seconds and then ended."""
+        if self._failed_at is None and any(process.poll() for process in self.processes):
+            self._failed_at = time.monotonic()
+        if self._failed_at is not None and time.monotonic() - self._failed_at > _GRACE_S:
+            for process in self.processes:
                 process.kill()
-            for process in ranks:
-                process.wait()
-            os.close(read_end)
-            os.close(write_end)
-        if code:
-            killed = [f"{rank} by signal {-p.returncode}" for rank, p in enumerate(ranks) if p.returncode < 0]
-            if killed and code == 1:
-                print(f"Error: a process was ended from outside (rank {', '.join(killed)}).", file=sys.stderr)
-            if ranks[0].returncode != code:  # the first had nothing to say about it
-                said = [p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("error-*"))]
-                print("".join(said[:1]), end="", file=sys.stderr)
-            raise ChildFailed(code)
-        return json.loads(result_file.read_text())["metric"]
+        return any(process.poll() is None for process in self.processes)
+
+    def wait(self) -> Outcome:
+        """Wait for all; signals are handed on."""
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = HANDED_ON if in_main else ()
+        old = {number: signal.signal(number, lambda n, frame: self.send(n)) for number in numbers}
+        try:
+            while self.running():
+                time.sleep(0.05)
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """How they ended; says what none of them could."""
+        codes = [process.returncode for process in self.processes]
+        code = _code_of(codes)
+        told = json.loads(self._result_file.read_text()) if self._result_file.exists() else {}
+        if not code:
+            return Outcome(0, told["metric"])
+        killed = [f"{rank} by signal {-c}" for rank, c in enumerate(codes) if c < 0]
+        said = str(told.get("said", ""))
+        if killed and code == 1:
+            said = f"a process was ended from outside (rank {', '.join(killed)})."
+            self._say(f"Error: {said}\n")
+            return Outcome(code, kind="killed", said=said)
+        if codes[0] != code or not said:  # the first had nothing to say about it
+            others = [p.read_text(encoding="utf-8") for p in sorted(Path(self._folder.name).glob("error-*"))]
+            self._say("".join(others[:1]))
+            said = said or "".join(others[:1])
+        kind = told.get("kind") or {USER_ERROR: "mistake", INTERRUPTED: "interrupted"}.get(code, "crash")
+        return Outcome(code, kind=kind, said=said or f"exit code {code}")
+
+    def _say(self, text: str) -> None:
+        if self._shown is not None:
+            self._shown.write(text.encode())
+            self._shown.flush()
+        else:
+            print(text, end="", file=sys.stderr)
+
+    def close(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        for end in self._ends:
+            os.close(end)
+        if self._shown is not None:
+            self._shown.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def _free_port() -> int:
@@ -159,29 +260,7 @@ def _rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; signals are handed on, and once one has failed the others are ended. Returns the exit code."""
-
-    def hand_on(number: int, frame: Any) -> None:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    in_main = threading.current_thread() is threading.main_thread()
-    old = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)} if in_main else {}
-    try:
-        failed_at: float | None = None
-        while any(process.poll() is None for process in ranks):
-            if failed_at is None and any(process.poll() for process in ranks):
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > _GRACE_S:
-                for process in ranks:
-                    process.kill()
-            time.sleep(0.05)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-    codes = [process.returncode for process in ranks]
+def _code_of(codes: list[int]) -> int:
     wrong = [code for code in codes if code]
     if not wrong:
         return 0
@@ -204,14 +283,20 @@ def _follow_the_launcher() -> None:
 
 
 def main(plan_file: str, result_file: str) -> None:
-    """What a rank runs: the plan of a file; rank 0 writes the metric to another."""
+    """What a rank runs: the plan of a file; rank 0 writes to another the metric, or what went wrong."""
     _follow_the_launcher()
     code = 0
+    told: dict[str, Any] = {}
     try:
         with exit_code_of_errors():
-            metric = run_here(Plan.from_json(Path(plan_file).read_text(encoding="utf-8")))
-            if os.environ.get("RANK", "0") == "0":
-                Path(result_file).write_text(json.dumps({"metric": metric}), encoding="utf-8")
+            try:
+                told["metric"] = run_here(Plan.from_json(Path(plan_file).read_text(encoding="utf-8")))
+            except BaseException as error:
+                told = {"kind": _kind_of(error), "said": f"{error}" or type(error).__name__}
+                raise
+            finally:
+                if os.environ.get("RANK", "0") == "0":
+                    Path(result_file).write_text(json.dumps(told), encoding="utf-8")
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -221,6 +306,14 @@ def main(plan_file: str, result_file: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _kind_of(error: BaseException) -> str:
+    if isinstance(error, Diverged):
+        return "diverged"
+    if isinstance(error, UserError):
+        return "mistake"
+    return "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "crash"
 
 
 if __name__ == "__main__":

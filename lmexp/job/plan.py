@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -32,11 +31,8 @@ class Plan:
     """Whether this is one job of several."""
 
     @classmethod
-    def freeze(cls, composed: DictConfig, run_id: str, command_line: Sequence[str]) -> Plan:
+    def freeze(cls, composed: DictConfig, run_id: str) -> Plan:
         """Resolve a configuration that Hydra composed, and name the run's directory if `paths.run_dir` does not.
-
-        A job of a sweep is named by what it does not share with the others: the overrides that `command_line` has
-        only as one of several values.
 
         Raises `UserError` for an interpolation that leads nowhere or a value that is missing.
         """
@@ -44,25 +40,27 @@ class Plan:
         from hydra.types import RunMode
 
         hydra_cfg = HydraConfig.get()
+        plain = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
         in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-        choices = {
-            group: option for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra")
-        }
         overrides = list(hydra_cfg.overrides.task)
-        cfg = OmegaConf.create(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
-        if cfg.paths.run_dir is None:
-            name = choices.get("experiment") or choices["task"]
-            if in_sweep:
-                name = f"{hydra_cfg.job.num}_{slug([o for o in overrides if o not in command_line])}"
-                cfg.paths.run_dir = str(Path(hydra_cfg.sweep.dir) / name)
+        choices = choices_of(hydra_cfg)
+        if plain.paths.run_dir is None:
+            if in_sweep:  # of another sweeper than ours, which names the directory
+                plain.paths.run_dir = str(Path(hydra_cfg.sweep.dir) / f"{hydra_cfg.job.num}_{slug(overrides)}")
             else:
-                cfg.paths.run_dir = str(Path(cfg.paths.log_dir) / name / run_id)
+                name = choices.get("experiment") or choices["task"]
+                plain.paths.run_dir = str(Path(plain.paths.log_dir) / name / run_id)
+        return cls.of(plain, choices, overrides, in_sweep)
+
+    @classmethod
+    def of(cls, cfg: DictConfig, choices: dict[str, str], overrides: list[str], in_sweep: bool) -> Plan:
+        """Resolve `cfg` in place and make it read-only."""
         try:
             OmegaConf.resolve(cfg)
         except OmegaConfBaseException as error:
             raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
         OmegaConf.set_readonly(cfg, True)
-        return cls(cfg, dict(choices), overrides, in_sweep)
+        return cls(cfg, choices, overrides, in_sweep)
 
     @property
     def yaml(self) -> str:
@@ -86,6 +84,11 @@ class Plan:
         config = OmegaConf.create(content.pop("config"))
         OmegaConf.set_readonly(config, True)
         return cls(config=config, **content)
+
+
+def choices_of(hydra_cfg: Any) -> dict[str, str]:
+    """Group -> the option chosen in it, of Hydra's own part of a configuration."""
+    return {group: option for group, option in hydra_cfg.runtime.choices.items() if not group.startswith("hydra")}
 
 
 def slug(overrides: list[str]) -> str:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lmexp.callback.base import RunCallback, Scoring
 from lmexp.callback.checkpoint import CheckpointFiles
-from lmexp.callback.progress import clock
+from lmexp.callback.pruning import Pruning
 from lmexp.callback.samples import Samples
 from lmexp.contracts import UserError
 from lmexp.data.text import TextData
@@ -40,18 +40,19 @@ from lmexp.job.check import check, seconds_of
 from lmexp.job.initialize import Origin, check_fit, find, initialize
 from lmexp.job.plan import Plan
 from lmexp.job.restore import load_weights
+from lmexp.job.search import running_trial, settings_of
 from lmexp.objective.classification import Classification
 from lmexp.run import checkpoint as files
 from lmexp.run import environment, events
 from lmexp.run.directory import RunDirectory, disk_errors, write_atomically, write_json
 from lmexp.run.flops import peak_flops
 from lmexp.run.session import Session
-from lmexp.run.terminal import Terminal
+from lmexp.run.terminal import Terminal, clock
 from lmexp.task.base import BaseTask
 
 MAY_CHANGE = (
     *("trainer", "max_steps", "max_time", "resume", "paths", "log_every", "logger", "job", "ckpt", "out"),
-    *("format", "init_from"),
+    *("format", "init_from", "sweep", "seeds"),
     *("data.num_workers", "data.prefetch", "data.cache_dir", "callback.progress", "callback.samples", "decoding"),
     *("callback.answers.batch_size", "callback.answers.shown", "callback.answers.bootstrap"),
     *("callback.predictions", "metric.bootstrap"),
@@ -110,6 +111,10 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
     task.adapt(cfg.seed)
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, parts, data, task, directory, terminal, record, world_size)
+    if cfg.sweep.trial is not None and cfg.sweep.pruner is not None:
+        settings = settings_of(cfg)
+        pruning = Pruning(running_trial(settings) if rank == 0 else None, settings.monitors[0])
+        parts.callbacks.insert(-1, pruning)  # the last one saves
     for callback in parts.callbacks:
         if isinstance(callback, RunCallback):
             callback.session = session
@@ -152,7 +157,7 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
 def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session, world_size: int) -> None:
     """Score the test split of a task, if there is one, once, with the best checkpoint."""
     scoring = next((callback for callback in parts.callbacks if isinstance(callback, Scoring)), None)
-    if scoring is None or "test" not in data.corpus.splits:
+    if scoring is None or "test" not in data.corpus.splits or session.metrics.get("pruned"):
         return
     if dist.is_initialized():
         dist.barrier()  # the first process links the checkpoints after the others have done their part
@@ -291,7 +296,7 @@ def _session(
     }
     for override in plan.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if not key.startswith(("paths.", "resume", "hydra.", "~")):
+        if not key.startswith(("paths.", "resume", "hydra.", "sweep", "seeds", "~")):
             hparams.setdefault(key, value)
     return Session(
         directory=directory,
@@ -307,6 +312,7 @@ def _session(
         bits=data.objective.bits,
         peak_flops=None if peak is None else peak * world_size,
         max_seconds=seconds_of(cfg.max_time),
+        progress=None if cfg.sweep.dir is None or terminal.is_quiet else directory.progress,
         texts={
             "config": "".join(f"    {line}\n" for line in plan.yaml.splitlines()),
             "data": "\n\n".join([data.report.markdown(), *cut_lines(data)]),

@@ -92,6 +92,10 @@ class RunDirectory:
         return self.path / "metrics.json"
 
     @property
+    def progress(self) -> Path:
+        return self.path / ".progress.json"
+
+    @property
     def log(self) -> Path:
         return self.path / "run.log"
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lmexp.run.directory import RunDirectory
@@ -54,6 +55,9 @@ class Session:
 
     max_seconds: float | None = None
     """Training time after which the run ends; None: no limit."""
+
+    progress: Path | None = None
+    """Where to note how far the run is, for whoever watches; None: nobody does."""
 
     texts: dict[str, str] = field(default_factory=dict)
     """Tag -> Markdown that TensorBoard shows as text."""

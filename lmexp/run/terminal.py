@@ -17,18 +17,18 @@ class Terminal:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False)
-        self._quiet = quiet
+        self.is_quiet = quiet
         self._file: IO[str] | None = None
         self._log: Console | None = None
 
     @property
     def is_live(self) -> bool:
         """Whether somebody may be looking: a progress bar makes sense."""
-        return self.console.is_terminal and not self._quiet
+        return self.console.is_terminal and not self.is_quiet
 
     def open_log(self, path: Path) -> None:
         """Append everything printed from now on to this file too."""
-        if self._quiet:
+        if self.is_quiet:
             return
         with disk_errors(path, "Opening run.log"):
             self._file = path.open("a", encoding="utf-8")
@@ -46,3 +46,10 @@ class Terminal:
         if self._file is not None:
             self._file.close()
         self._file = self._log = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:42 or 1:02:03."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,378 @@
+"""`-m`: jobs from a command line with several values, each run once to its end however often the command is stopped.
+
+Hydra's plugins: `LmexpSweeper` says which jobs there are, asks the ledger of the sweep's directory which of them are
+left, and gives them to a launcher: `LmexpLauncher`, processes of this machine in slots, or any other one of Hydra's
+(SLURM, Ray), whose jobs then write into the ledger themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from lmexp.contracts import Interrupted, UserError
+from lmexp.job.errors import ChildFailed
+from lmexp.job.launch import Ranks, device_count, launch
+from lmexp.job.plan import Plan, choices_of, slug
+from lmexp.job.pool import Board, Job, Pool, record, retries_of, slots_for
+from lmexp.job.search import Interval, Search, Space, SweepSettings, settings_of
+from lmexp.run.directory import write_atomically
+from lmexp.run.ledger import ENDED_WELL, Entry, Ledger, key_of
+
+HOW = ("trainer", "logger", "log_every", "callback.progress")
+"""Keys that say how, not what: unless a sweep varies them, a job with another value is the same job."""
+
+NOT_CONTENT = ("paths", "resume", "seeds", "sweep")
+"""Keys that are no part of what a job computes."""
+
+
+def register_plugins() -> None:
+    """Let Hydra find the sweeper and the launcher of this module."""
+    folder = str(Path(__file__).parent / "plugins")
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def run_composed(cfg: DictConfig, run_id: str) -> float | None:
+    """What the entry does with a composed configuration: run it, and in a sweep of ours under another launcher keep
+    in the ledger how it ended."""
+    plan = Plan.freeze(cfg, run_id)
+    if cfg.seeds is not None:
+        raise UserError(f"seeds={cfg.seeds} is an axis of a sweep; start it with -m, or set seed.")
+    if cfg.sweep.key is None:
+        return launch(plan)
+    ledger = Ledger(cfg.sweep.dir)
+    entry = ledger.read(cfg.sweep.key)
+    assert entry is not None, "the sweeper writes it before it launches"
+    with ledger.held(entry.key) as free:
+        if not free:
+            return float("nan")  # another one runs it
+        entry.status, entry.said, entry.attempts = "running", "", entry.attempts + 1
+        ledger.write(entry)
+        start = time.monotonic()
+        with Ranks(plan, device_count(plan), output=ledger.console(entry.key)) as ranks:
+            outcome = ranks.wait()
+        record(entry, outcome, time.monotonic() - start)
+        ledger.write(entry)
+    return float("nan") if outcome.metric is None else outcome.metric
+
+
+class Jobs:
+    """Makes jobs of overrides."""
+
+    def __init__(self, context: HydraContext, config: DictConfig, ledger: Ledger) -> None:
+        self.context, self.config, self.ledger = context, config, ledger
+
+    def make(self, overrides: Sequence[str], point: dict[str, str], trial: int | None = None) -> Job:
+        """The job of these overrides; what the ledger knows of it is in its entry.
+
+        Raises what Hydra raises for overrides that do not fit, and `UserError` for values that do not resolve.
+        """
+        composed = self.context.config_loader.load_sweep_config(self.config, [*overrides, "seeds=null"])
+        choices = choices_of(composed.hydra)
+        content = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+        del content["hydra"]
+        cfg = OmegaConf.create(content)
+        sweep_dir = self.ledger.sweep_dir
+        plain = cast(dict[str, Any], OmegaConf.to_container(Plan.of(cfg.copy(), choices, [], True).config))
+        for name in (*NOT_CONTENT, *HOW):
+            *parents, last = name.split(".")
+            node = plain
+            for parent in parents:
+                node = node.get(parent) or {}
+            node.pop(last, None)
+        varied = {key: value for key, value in point.items() if key.lstrip("+").split(".")[0] in HOW}
+        key = key_of({"config": plain, "how": varied})
+        entry = self.ledger.read(key)
+        if entry is None:
+            name = slug([f"{k}={v}" for k, v in point.items()])
+            name = name if trial is None else f"{trial:04}-{name}"
+            entry = Entry(key, list(overrides), point, cfg.seed, str(sweep_dir / f"{name}-{key[:6]}"), trial=trial)
+        else:
+            entry.overrides, entry.point = list(overrides), point
+        if entry.status in ENDED_WELL and self.trains(plain) and not (Path(entry.run_dir) / "metrics.json").exists():
+            entry.status, entry.said = "waiting", "its run is gone"
+        cfg.sweep.dir, cfg.sweep.key, cfg.sweep.trial = str(sweep_dir), key, trial
+        if self.trains(plain):
+            cfg.paths.run_dir, cfg.resume = entry.run_dir, "auto"
+        return Job(entry, Plan.of(cfg, choices, list(overrides), True))
+
+    @staticmethod
+    def trains(config: dict[str, Any]) -> bool:
+        """Whether a job makes a run of its own."""
+        return str(config["job"]["_target_"]).endswith(".train")
+
+    def handed_over(self, job: Job) -> list[str]:
+        """The overrides that make another launcher run just this job."""
+        cfg = job.plan.config
+        own = {f"sweep.{name}": cfg.sweep[name] for name in ("dir", "key", "trial") if cfg.sweep[name] is not None}
+        own |= {"hydra.sweep.dir": cfg.sweep.dir}
+        if self.trains(cast(dict[str, Any], cfg)):
+            own |= {"paths.run_dir": cfg.paths.run_dir, "resume": cfg.resume}
+        return [*job.entry.overrides, "seeds=null", *(f"{key}={_quoted(value)}" for key, value in own.items())]
+
+
+class LmexpLauncher(Launcher):
+    """Jobs as processes of this machine."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """For other sweepers than ours: run these jobs, return what each gave."""
+        settings = settings_of(self.config)
+        ledger = Ledger(self.config.hydra.sweep.dir)
+        jobs = Jobs(self.context, self.config, ledger)
+        made = [jobs.make(list(o), dict(x.lstrip("+").split("=", 1) for x in o if "=" in x)) for o in job_overrides]
+        waiting = iter([job for job in made if job.entry.status not in ENDED_WELL])
+        slots = slots_for(made[0].plan, settings.slots, len(made))
+        board = Board(ledger.entries, len(made), settings.monitors[0])
+        Pool(slots, ledger, settings.on_fail, board).run(lambda: next(waiting, None), lambda entry: None)
+        returns = []
+        for job, overrides in zip(made, job_overrides, strict=True):
+            value = job.entry.metrics.get(settings.monitors[0], job.entry.metrics.get("metric", float("nan")))
+            status = JobStatus.COMPLETED if job.entry.status in ENDED_WELL else JobStatus.FAILED
+            told = JobReturn(list(overrides), job.plan.config, status=status)
+            told.return_value = value if status == JobStatus.COMPLETED else ChildFailed(1)
+            returns.append(told)
+        return returns
+
+
+class LmexpSweeper(Sweeper):
+    """Grids and searches that go on where they were."""
+
+    config: DictConfig
+    launcher: Launcher
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.context, self.config = hydra_context, config
+        # resolved here, once: another process would find another identifier
+        OmegaConf.set_readonly(config, False)
+        config.hydra.sweep.dir = str(config.hydra.sweep.dir)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run what is left of the sweep; prints the table of all of it."""
+        from lmexp.job.sweep_report import report
+
+        settings = settings_of(self.config)
+        retries_of(settings.on_fail)
+        fixed, space = self._parse(arguments, settings)
+        ledger = Ledger(self.config.hydra.sweep.dir)
+        jobs = Jobs(self.context, self.config, ledger)
+        seeds = seeds_of(self.config, space)
+        searching = settings.method != "grid" or settings.pruner is not None
+        if searching and len(seeds or ()) > 1:
+            raise UserError(
+                f"seeds={self.config.seeds} with a search or a pruner: a trial is one run. Search first, then sweep "
+                "the best values over seeds."
+            )
+        if seeds is not None:
+            space["seed"] = [str(seed) for seed in seeds]
+        try:
+            if searching:
+                ended = self._search(settings, fixed, space, ledger, jobs)
+            else:
+                ended = self._grid(settings, fixed, space, ledger, jobs)
+        finally:
+            if ledger.exists():
+                report(ledger, settings)
+        wrong = [entry for entry in ended if entry.status not in ENDED_WELL]
+        if wrong:
+            print(
+                f"{len(wrong)} of the jobs failed; what each printed: {ledger.path}/*.log. Run them again by the "
+                f"same command and hydra.sweep.dir={ledger.sweep_dir}"
+            )
+            raise ChildFailed(1)
+        return None
+
+    def _grid(self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs) -> list[Entry]:
+        listed = {key: values for key, values in space.items() if not isinstance(values, Interval)}
+        if len(listed) < len(space):
+            others = ", ".join(space.keys() - listed.keys())
+            raise UserError(f"{others}: a grid needs values, not an interval; list them, or search with sweep=tpe.")
+        points = [dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())]
+        made = [jobs.make([*fixed, *(f"{k}={v}" for k, v in point.items())], point) for point in points]
+        by_key = {job.entry.key: job for job in made}  # two points may be the same job
+        self._begin(ledger, settings, [*fixed, *(f"{k}={','.join(v)}" for k, v in listed.items())])
+        for job in by_key.values():
+            ledger.write(job.entry)
+        waiting = iter([job for job in by_key.values() if job.entry.status not in ENDED_WELL])
+        left = sum(job.entry.status not in ENDED_WELL for job in by_key.values())
+        print(f"Sweep: {len(by_key)} jobs, {len(by_key) - left} of them done already, in {ledger.sweep_dir}")
+        if left:
+            known = {job.entry.key: job.entry for job in by_key.values()}
+            board = Board(lambda: list(known.values()), len(known), settings.monitors[0])
+            self._run(settings, lambda: next(waiting, None), lambda entry: None, ledger, jobs, board, made[0], left)
+        return [ledger.read(key) or by_key[key].entry for key in by_key]
+
+    def _search(
+        self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs
+    ) -> list[Entry]:
+        sample = {k: v[0] if not isinstance(v, Interval) else v.text(v.low) for k, v in space.items()}
+        first = jobs.make([*fixed, *(f"{k}={v}" for k, v in sample.items())], sample)  # errors before anything is begun
+        slots = len(slots_for(first.plan, settings.slots, settings.trials))
+        self._begin(ledger, settings, [*fixed, *(f"{k}={v}" for k, v in space.items())])
+        search = Search(settings, ledger.sweep_dir, space, several=slots > 1)
+        known: dict[int, Entry] = {e.trial: e for e in ledger.entries() if e.trial is not None}
+        again = iter(search.unfinished())
+
+        def ended(entry: Entry) -> None:
+            if entry.status == "stopped":
+                return  # the trial goes on with the next call
+            found = [entry.metrics.get(name) for name in settings.monitors]
+            values = None if any(v is None for v in found) or entry.status != "done" else cast(list[float], found)
+            assert entry.trial is not None
+            search.tell(entry.trial, values, pruned=entry.status == "pruned")
+
+        def source() -> Job | None:
+            while True:
+                drawn = next(again, None) or search.next()
+                if drawn is None:
+                    return None
+                number, values = drawn
+                job = jobs.make([*fixed, *(f"{k}={v}" for k, v in values.items())], values, number)
+                entry = job.entry
+                if entry.trial != number:  # the same values as an earlier trial's: its result is known, or on its way
+                    found = [entry.metrics.get(name) for name in settings.monitors]
+                    told = None if any(v is None for v in found) else cast(list[float], found)
+                    search.tell(number, told, pruned=entry.status == "pruned")
+                    continue
+                known[number] = entry
+                if entry.status in ENDED_WELL:  # the process was killed between the end and the telling
+                    ended(entry)
+                    continue
+                ledger.write(entry)
+                return job
+
+        board = Board(lambda: list(known.values()), search.total, settings.monitors[0])
+        self._run(settings, source, ended, ledger, jobs, board, first, slots)
+        return [entry for entry in known.values() if entry.status != "stopped"]
+
+    def _run(
+        self,
+        settings: SweepSettings,
+        source: Callable[[], Job | None],
+        ended: Callable[[Entry], None],
+        ledger: Ledger,
+        jobs: Jobs,
+        board: Board,
+        sample: Job,
+        most: int,
+    ) -> None:
+        if isinstance(self.launcher, LmexpLauncher):
+            slots = slots_for(sample.plan, settings.slots, most)
+            print(f"{len(slots)} at a time.", flush=True)
+            Pool(slots, ledger, settings.on_fail, board).run(source, ended)
+            return
+        started = 0
+        while True:  # another launcher takes jobs by the batch and returns when all of them have ended
+            count = most if settings.slots == "auto" else int(settings.slots)
+            batch = [job for job in (source() for _ in range(count)) if job is not None]
+            if not batch:
+                return
+            returns = self.launcher.launch([jobs.handed_over(job) for job in batch], started)
+            started += len(batch)
+            for job, told in zip(batch, returns, strict=True):
+                entry = ledger.read(job.entry.key) or job.entry
+                if entry.status == "waiting":  # it never got as far as the ledger
+                    entry.status, entry.said = "failed", str(told._return_value)[:500]
+                    ledger.write(entry)
+                job.entry.__dict__.update(entry.__dict__)
+                board.say(entry)
+                ended(entry)
+                if entry.status == "stopped":
+                    raise Interrupted(
+                        f"a job was stopped; go on with the same command and hydra.sweep.dir={ledger.sweep_dir}"
+                    )
+            if settings.on_fail == "stop" and any(job.entry.status not in ENDED_WELL for job in batch):
+                return
+
+    def _parse(self, arguments: list[str], settings: SweepSettings) -> tuple[list[str], Space]:
+        """The overrides that all jobs share, and the values of the others."""
+        own = [f"{key}={value}" for key, value in settings.space.items()]
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        fixed: dict[str, str] = {}
+        space: Space = {}
+        for override in parser.parse_overrides([*own, *arguments]):
+            key = override.get_key_element()
+            fixed.pop(key, None)
+            space.pop(key, None)
+            if key.lstrip("+") in ("paths.run_dir", "resume"):
+                raise UserError(
+                    f"{key} has no place in a sweep: each job has its own directory, below hydra.sweep.dir, and goes "
+                    "on with what is there."
+                )
+            if key.lstrip("+") == "seeds":
+                continue  # read from the composed configuration
+            if override.is_sweep_override():
+                space[key] = _values_of(override)
+            else:
+                fixed[key] = f"{key}={override.get_value_element_as_str()}"
+        return list(fixed.values()), space
+
+    def _begin(self, ledger: Ledger, settings: SweepSettings, overrides: list[str]) -> None:
+        """Keep what the sweep is asked for, for reports."""
+        ledger.sweep_dir.mkdir(parents=True, exist_ok=True)
+        asked = {
+            "method": settings.method,
+            "monitor": list(settings.monitors),
+            "mode": list(settings.modes),
+            "overrides": overrides,
+        }
+        write_atomically(ledger.sweep_dir / "sweep.yaml", OmegaConf.to_yaml(OmegaConf.create(asked)))
+
+
+def seeds_of(config: DictConfig, space: Space) -> list[int] | None:
+    """The seeds of the axis `seeds`; None: there is none."""
+    seeds = config.seeds
+    if seeds is None:
+        return None
+    if "seed" in space:
+        raise UserError(f"seeds={seeds} and several values of seed; give one of the two.")
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+        return [config.seed + n for n in range(seeds)]
+    listed = list(seeds) if OmegaConf.is_list(seeds) else []
+    if not listed or any(not isinstance(s, int) or s < 0 for s in listed) or len(set(listed)) < len(listed):
+        raise UserError(f"seeds={seeds}; expected a number of at least 1, or a list of different seeds such as [1,5].")
+    return listed
+
+
+def _values_of(override: Override) -> list[str] | Interval:
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        assert low is not None
+        assert high is not None
+        whole = "int" in value.tags or (isinstance(low, int) and isinstance(high, int))
+        log = "log" in value.tags
+        if not low < high or (log and low <= 0):
+            raise UserError(
+                f"{override.key_or_group}: interval({low},{high}); expected a lower and a higher number"
+                + (", above zero for log." if log else ".")
+            )
+        return Interval(float(low), float(high), log, whole)
+    return list(override.sweep_string_iterator())
+
+
+def _quoted(value: Any) -> str:
+    """A value as Hydra's grammar reads it back."""
+    if not isinstance(value, str):
+        return str(value)
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

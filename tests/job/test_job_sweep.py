@@ -1,0 +1,422 @@
+"""Sweeps: what is done is kept, what is missing is run, and what went wrong is told as that."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmexp.contracts import UserError
+from lmexp.job import pool, sweep_report
+from lmexp.job.launch import Outcome
+from lmexp.job.search import Interval, Search, SweepSettings, front
+from lmexp.run.ledger import Entry, Ledger, key_of
+from tests.runs import ROOT, TINY, command, corpus, plan, run
+
+HERE = Path(__file__).parent
+
+
+def sweeping(folder: Path, *more: str) -> list[str]:
+    return [
+        "-m",
+        *TINY,
+        corpus(folder),
+        f"paths.cache_dir={folder / 'cache'}",
+        "max_steps=6",
+        "validate_every=3",
+        "log_every=1",
+        "trainer.threads=1",
+        f"hydra.sweep.dir={folder / 'sweep'}",
+        *more,
+    ]
+
+
+def planted(*, crash: str, nan: str) -> list[str]:
+    return [f"+callback.planted={{_target_: planted.Planted, crash: {crash}, nan: {nan}}}"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE}"}
+
+
+def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=500)
+
+
+def entries(folder: Path) -> dict[tuple[str, ...], Entry]:
+    return {tuple(e.point.values()): e for e in Ledger(folder / "sweep").entries()}
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of processes that have to do with a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+            cwd = os.readlink(path.with_name("environ").with_name("cwd"))
+        except OSError:
+            continue
+        if str(folder) in line or str(folder) in cwd or "lmexp.job.launch" in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, devices: int) -> None:
+    """Bar: 12 jobs, one crashes, one diverges, the controller is killed midway."""
+    args = sweeping(
+        tmp_path,
+        "optimizer.lr=0.01,0.02",
+        "model.n_layers=1,2",
+        "seeds=3",
+        *planted(crash="[0.01,2]", nan="[0.02,3]"),
+        *(["trainer=ddp_sim", "trainer.devices=2"] if devices == 2 else []),
+    )
+    before = dict(os.environ)
+    first = subprocess.Popen(
+        command(*args), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    ledger = Ledger(tmp_path / "sweep")
+    while sum(e.status == "done" for e in ledger.entries() if ledger.exists()) < 3:
+        assert first.poll() is None
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    done_before = {e.key: (Path(e.run_dir) / "metrics.json").stat().st_mtime_ns for e in ledger.entries() if e.metrics}
+    done = sweep(*args)
+    assert done.returncode == 1, done.stderr
+    assert "4 of the jobs failed" in done.stdout  # each planted point has two values of n_layers
+    found = ledger.entries()
+    assert len(found) == 12
+    directories = [p for p in (tmp_path / "sweep").iterdir() if (p / "checkpoints").is_dir()]
+    assert len(directories) == 12
+    for entry in found:
+        lr, _, seed = entry.point.values()
+        if (lr, seed) == ("0.01", "2"):
+            assert entry.status == "failed"
+            assert "planted crash" in entry.said
+        elif (lr, seed) == ("0.02", "3"):
+            assert entry.status == "diverged"
+            assert "diverged at step 4" in entry.said
+        else:
+            assert entry.status == "done"
+            metrics = Path(entry.run_dir) / "metrics.json"
+            assert json.loads(metrics.read_text()) == entry.metrics
+            if entry.key in done_before:
+                assert metrics.stat().st_mtime_ns == done_before[entry.key]
+                assert entry.attempts == 1
+    assert not processes_of(tmp_path)
+    assert dict(os.environ) == before
+
+    single = found[0] if found[0].status == "done" else found[1]  # as one run by itself
+    alone = [o for o in args[1:] if not o.startswith(("hydra.", "seeds", "optimizer.lr", "model.n_layers"))]
+    alone += [f"{key}={value}" for key, value in single.point.items()]
+    again = sweep(*alone, f"paths.run_dir={tmp_path / 'alone'}")
+    assert again.returncode == 0, again.stderr
+    expected = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    for name in ("val/loss", "train/loss", "val/bits_per_byte"):
+        assert single.metrics[name] == expected[name]
+
+
+@pytest.mark.slow
+def test_a_sweep_grows_and_runs_only_what_is_missing(tmp_path: Path) -> None:
+    first = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02"))
+    assert first.returncode == 0, first.stderr
+    assert not processes_of(tmp_path)
+    before = {e.key: e.attempts for e in Ledger(tmp_path / "sweep").entries()}
+    grown = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02,0.03", "seed=1"))  # 1 is the default: the same jobs
+    assert grown.returncode == 0, grown.stderr
+    assert "3 jobs, 2 of them done already" in grown.stdout
+    after = {e.key: e.attempts for e in Ledger(tmp_path / "sweep").entries()}
+    assert before.items() <= after.items()
+    assert len(after) == 3
+
+    report = run("job=sweep_report", f"job.sweep={tmp_path / 'sweep'}")
+    assert report.returncode == 0, report.stderr
+    assert "0.03" in report.stdout
+    rows = list(csv.DictReader((tmp_path / "sweep" / "report.csv").read_text().splitlines()))
+    assert [row["status"] for row in rows] == ["done"] * 3
+    for row in rows:
+        metrics = json.loads((tmp_path / "sweep" / row["run"] / "metrics.json").read_text())
+        assert float(row["val/loss"]) == metrics["val/loss"]
+    assert (tmp_path / "sweep" / "parallel.png").read_bytes().startswith(b"\x89PNG")
+
+    # another launcher: Hydra's own, in this process, which our jobs do not run in
+    other = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.04", "hydra/launcher=basic"))
+    assert other.returncode == 0, other.stderr
+    by_lr = {e.point["optimizer.lr"]: e for e in Ledger(tmp_path / "sweep").entries()}
+    assert by_lr["0.04"].status == "done"
+    assert by_lr["0.01"].attempts == 1
+
+    # another sweeper: Hydra's own, with our launcher
+    args = [a for a in sweeping(tmp_path, "optimizer.lr=0.05", "hydra/sweeper=basic") if "sweep.dir" not in a]
+    basic = sweep(*args, f"hydra.sweep.dir={tmp_path / 'basic'}")
+    assert basic.returncode == 0, basic.stderr
+    assert [e.status for e in Ledger(tmp_path / "basic").entries()] == ["done"]
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_sweep_and_its_jobs_go_on(tmp_path: Path) -> None:
+    args = sweeping(tmp_path, "optimizer.lr=0.01,0.02", "max_steps=4000", "sweep.slots=1")
+    process = subprocess.Popen(
+        command(*args), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "sweep").glob("*/checkpoints/*.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"hydra.sweep.dir={tmp_path / 'sweep'}" in said
+    found = Ledger(tmp_path / "sweep").entries()
+    assert sorted(e.status for e in found) == ["stopped", "waiting"]
+    assert not processes_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_stop_and_retry(tmp_path: Path) -> None:
+    one = ("optimizer.lr=0.01,0.02", "sweep.slots=1", *planted(crash="[0.01,1]", nan="[9,9]"))
+    stopped = sweep(*sweeping(tmp_path, *one, "sweep.on_fail=stop"))
+    assert stopped.returncode == 1
+    assert [e.status for e in Ledger(tmp_path / "sweep").entries()] == ["failed", "waiting"]
+    again = sweep(*sweeping(tmp_path, *one, "sweep.on_fail=retry:1"))
+    assert again.returncode == 1
+    assert [(e.status, e.attempts) for e in Ledger(tmp_path / "sweep").entries()] == [("failed", 3), ("done", 1)]
+
+
+@pytest.mark.slow
+def test_a_search_prunes(tmp_path: Path) -> None:
+    args = sweeping(
+        tmp_path,
+        "sweep=tpe",
+        "optimizer.lr=tag(log,interval(1e-4,1e-1))",
+        "sweep.trials=4",
+        "sweep.pruner=median",
+        "sweep.pruner_startup=1",
+        "sweep.slots=1",
+        "max_steps=12",
+    )
+    done = sweep(*args)
+    assert done.returncode == 0, done.stderr
+    found = Ledger(tmp_path / "sweep").entries()
+    assert [e.trial for e in found] == [0, 1, 2, 3]
+    assert {e.status for e in found} <= {"done", "pruned"}
+    for entry in found:
+        assert (entry.metrics["steps"] < 12) == (entry.status == "pruned")
+    again = sweep(*args[:-4], "sweep.trials=4", *args[-3:])
+    assert "trial" not in again.stdout.split("Sweep, by")[0]  # nothing was run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["seeds=3", "seed=1,2"], "give one of the two"),
+        (["seeds=0"], "seeds=0; expected a number of at least 1"),
+        (["optimizer.lr=interval(0.1,1)"], "a grid needs values, not an interval"),
+        (["paths.run_dir=a"], "paths.run_dir has no place in a sweep"),
+        (["optimizer.lr=1,2", "sweep.on_fail=retry"], "sweep.on_fail=retry; expected continue, stop or retry:N"),
+        (["optimizer.lr=1,2", "sweep.slots=0"], "sweep.slots=0; expected"),
+        (["sweep=tpe"], "there is nothing to search"),
+        (["sweep=cmaes", "model=gpt,llama"], "searches intervals only, and model is a list"),
+        (["sweep=tpe", "optimizer.lr=interval(1,0.1)"], "expected a lower and a higher number"),
+        (["sweep=tpe", "optimizer.lr=interval(0.1,1)", "seeds=3"], "a trial is one run"),
+        (["optimizer.lr=1,2", "sweep.mode=up"], "expected min or max"),
+        (["optimizer.lrr=1,2"], "optimizer.lrr"),
+        (["optimizer.lr=1,2", "sweep.pruner=halving"], "needs sweep.pruner_warmup"),
+    ],
+)
+def test_mistakes(tmp_path: Path, arguments: list[str], told: str) -> None:
+    done = sweep(*sweeping(tmp_path, *arguments))
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Ledger(tmp_path / "sweep").exists()
+
+
+def test_seeds_are_for_sweeps() -> None:
+    done = run(*TINY, "seeds=3")
+    assert done.returncode == 2
+    assert "start it with -m" in done.stderr
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    done = run("job=sweep_report", f"job.sweep={tmp_path}")
+    assert done.returncode == 2
+    assert "holds no sweep" in done.stderr
+
+
+# ---- parts
+
+
+def settings(**other: Any) -> SweepSettings:
+    known: dict[str, Any] = {
+        **{"method": "tpe", "space": {}, "slots": 1, "on_fail": "continue", "monitor": "val/loss", "mode": "min"},
+        **{"trials": 30, "search_seed": 0, "pruner": None, "pruner_startup": 5, "pruner_warmup": 0, "pruner_factor": 3},
+    }
+    return SweepSettings(**(known | other))
+
+
+SPACE: dict[str, Any] = {"lr": Interval(1e-4, 1.0, True, False), "n": Interval(1, 8, False, True), "kind": ["a", "b"]}
+
+
+def objective(values: dict[str, str]) -> float:
+    """Least at lr = 0.02, n = 5, kind b."""
+    lr, n = float(values["lr"]), int(values["n"])
+    return (math.log10(lr) - math.log10(0.02)) ** 2 + (n - 5) ** 2 / 10 + (values["kind"] == "a")
+
+
+@pytest.mark.parametrize("method", ["tpe", "random"])
+def test_a_search_that_is_interrupted_tries_the_same(tmp_path: Path, method: str) -> None:
+    """Bar: 30 trials, interrupted three times, at any moment between drawing and telling."""
+    results = []
+    for cuts in ((), (4, 13, 22)):
+        folder = tmp_path / str(len(cuts))
+        folder.mkdir()
+        told: dict[int, float] = {}
+        search = Search(settings(method=method), folder, SPACE, several=False)
+        left = set(cuts)
+        while True:
+            again = search.unfinished()
+            drawn = again[0] if again else search.next()
+            if drawn is None:
+                break
+            number, values = drawn
+            if number in left:  # the process is gone; what it had drawn is drawn
+                left.discard(number)
+                search = Search(settings(method=method), folder, SPACE, several=False)
+                continue
+            assert number not in told
+            told[number] = objective(values)
+            search.tell(number, [told[number]])
+        assert sorted(told) == list(range(30))
+        results.append(told)
+    assert results[0] == results[1]
+    if method == "tpe":
+        assert min(results[0].values()) < 0.3
+
+
+def test_failed_trials_do_not_stop_a_search(tmp_path: Path) -> None:
+    search = Search(settings(trials=6), tmp_path, SPACE, several=True)
+    while (drawn := search.next()) is not None:
+        search.tell(drawn[0], [math.nan] if drawn[0] % 2 else None)
+    assert len(search.study.trials) == 6
+    assert {t.state.name for t in search.study.trials} == {"FAIL"}
+
+
+def test_a_grid_with_a_pruner_tries_each_point_once(tmp_path: Path) -> None:
+    space: dict[str, Any] = {"a": ["1", "2", "3"], "b": ["x", "y"]}
+    search = Search(settings(method="grid", pruner="median"), tmp_path, space, several=True)
+    seen = []
+    while (drawn := search.next()) is not None:
+        seen.append(tuple(drawn[1].values()))
+        search.tell(drawn[0], [1.0])
+    assert sorted(seen) == sorted((a, b) for a in "123" for b in "xy")
+
+
+def test_two_controllers_share_a_search(tmp_path: Path) -> None:
+    a, b = (Search(settings(trials=10), tmp_path, SPACE, several=True) for _ in range(2))
+    numbers = []
+    for turn in range(20):
+        drawn = (a, b)[turn % 2].next()
+        if drawn is not None:
+            numbers.append(drawn[0])
+    assert numbers == list(range(10))
+
+
+def test_pareto_front_against_its_definition() -> None:
+    random.seed(0)
+    points = [(random.randint(0, 9), random.randint(0, 9)) for _ in range(60)]
+    found = front(points, ("min", "max"))
+    for point, on in zip(points, found, strict=True):
+        beaten = [q for q in points if q[0] <= point[0] and q[1] >= point[1] and q != point]
+        assert on == (not beaten)
+
+
+def test_intervals_against_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    random.seed(1)
+    for n in (2, 3, 5, 31, 32, 60):
+        values = [random.gauss(3, 2) for _ in range(n)]
+        low, high = stats.t.interval(0.95, n - 1, loc=stats.tmean(values), scale=stats.sem(values))
+        assert sweep_report.half_width(values) == pytest.approx((high - low) / 2, rel=2e-3)
+    assert math.isnan(sweep_report.half_width([1.0]))
+
+
+def entry(lr: str, seed: int, loss: float | None, status: Any = "done") -> Entry:
+    point = {"optimizer.lr": lr, "seed": str(seed)}
+    metrics = {} if loss is None else {"val/loss": loss, "steps": 5.0}
+    return Entry(key_of([lr, seed]), [], point, seed, f"s/{lr}-{seed}", status, metrics=metrics)
+
+
+def test_points_and_comparisons_by_hand() -> None:
+    found = [entry("0.1", 1, 2.0), entry("0.1", 2, 4.0), entry("0.2", 1, 1.0), entry("0.2", 2, 2.5)]
+    found += [entry("0.2", 3, None, "diverged"), entry("0.3", 1, None, "failed")]
+    best, second, none = sweep_report.groups_of(found, "val/loss", "min")
+    assert (best.point, best.mean, len(best.values)) == ({"optimizer.lr": "0.2"}, 1.75, 2)
+    assert (second.point, second.mean) == ({"optimizer.lr": "0.1"}, 3.0)
+    assert not none.values
+    difference, half, n = sweep_report.compared(best, second)
+    assert (difference, n) == (1.25, 2)
+    assert half == pytest.approx(12.706 * 0.25 / math.sqrt(2) * math.sqrt(2), rel=1e-6)  # differences 1 and 1.5
+    assert [g.point["optimizer.lr"] for g in sweep_report.groups_of(found, "val/loss", "max")] == ["0.1", "0.2", "0.3"]
+
+
+def test_the_ledger_knows_who_holds_a_job(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    one = entry("0.1", 1, None, "running")
+    with ledger.held(one.key) as free:
+        assert free
+        ledger.write(one)
+        assert ledger.read(one.key).status == "running"  # type: ignore[union-attr]
+        with ledger.held(one.key) as twice:
+            assert not twice
+    assert ledger.read(one.key).status == "killed"  # type: ignore[union-attr]
+    (tmp_path / "ledger" / f"{one.key}.json").write_text("{")
+    with pytest.raises(UserError, match="Remove it"):
+        ledger.read(one.key)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "closing", "status"),
+    [
+        (Outcome(0, 1.0), False, "done"),
+        (Outcome(2, kind="diverged", said="x"), False, "diverged"),
+        (Outcome(2, kind="mistake", said="x"), False, "failed"),
+        (Outcome(1, kind="crash", said="x"), False, "failed"),
+        (Outcome(1, kind="killed"), False, "killed"),
+        (Outcome(1, kind="killed"), True, "stopped"),
+        (Outcome(75, kind="interrupted"), True, "stopped"),
+    ],
+)
+def test_what_an_outcome_is_called(tmp_path: Path, outcome: Outcome, closing: bool, status: str) -> None:
+    one = entry("0.1", 1, None, "running")
+    one.run_dir = str(tmp_path)
+    pool.record(one, outcome, 2.0, closing)
+    assert one.status == status
+    assert one.seconds == 2.0
+
+
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    cpu = plan(*TINY)
+    assert [s.cores for s in pool.slots_for(cpu, "auto", None)] == [frozenset({n}) for n in range(8)]
+    assert [len(s.cores) for s in pool.slots_for(cpu, "auto", 3)] == [2, 2, 2]
+    assert pool.slots_for(cpu, 1, None) == [pool.Slot()]
+    assert len(pool.slots_for(plan(*TINY, "trainer=ddp_sim", "trainer.devices=4"), "auto", None)) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    gpu = SimpleNamespace(config=plan(*TINY, "trainer=gpu", "trainer.devices=2").config)
+    made = pool.slots_for(gpu, "auto", None)  # type: ignore[arg-type]
+    assert [s.environment for s in made] == [{"CUDA_VISIBLE_DEVICES": "2,3"}, {"CUDA_VISIBLE_DEVICES": "5,7"}]
+    with pytest.raises(UserError, match="2 at most"):
+        pool.slots_for(gpu, 3, None)  # type: ignore[arg-type]
