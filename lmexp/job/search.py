@@ -144,19 +144,28 @@ def connect(settings: SweepSettings, sweep_dir: Path, create: bool = False) -> o
     return study
 
 
+def check_space(settings: SweepSettings, space: Space) -> None:
+    """Raise `UserError` for a space that the method cannot search."""
+    intervals = [key for key, values in space.items() if isinstance(values, Interval)]
+    if not space and settings.method != "grid":
+        raise UserError(
+            f"sweep={settings.method}: there is nothing to search. Give a key several values or an interval: "
+            "'optimizer.lr=tag(log,interval(1e-4,1e-1))'."
+        )
+    if settings.method == "grid" and intervals:
+        raise UserError(
+            f"{', '.join(intervals)}: a grid needs values, not an interval; list them, or search with sweep=tpe."
+        )
+    if settings.method == "cmaes" and len(intervals) < len(space):
+        listed = ", ".join(key for key in space if key not in intervals)
+        raise UserError(f"sweep=cmaes searches intervals only, and {listed} is a list; use sweep=tpe.")
+
+
 class Search:
     """Says which values to try, and learns what came of them."""
 
     def __init__(self, settings: SweepSettings, sweep_dir: Path, space: Space, several: bool) -> None:
         """`several`: jobs run beside one another, so that those under way should be kept away from."""
-        if not space:
-            raise UserError(
-                f"sweep={settings.method}: there is nothing to search. Give a key several values or an interval: "
-                "'optimizer.lr=tag(log,interval(1e-4,1e-1))'."
-            )
-        if settings.method == "cmaes" and any(not isinstance(values, Interval) for values in space.values()):
-            listed = ", ".join(key for key, values in space.items() if not isinstance(values, Interval))
-            raise UserError(f"sweep=cmaes searches intervals only, and {listed} is a list; use sweep=tpe.")
         self.settings, self.sweep_dir, self.space, self.several = settings, sweep_dir, space, several
         self.study = connect(settings, sweep_dir, create=True)
         self._grid = _combinations(space) if settings.method == "grid" else []

@@ -27,7 +27,7 @@ from lmexp.job.errors import ChildFailed
 from lmexp.job.launch import Ranks, device_count, launch
 from lmexp.job.plan import Plan, choices_of, slug
 from lmexp.job.pool import Board, Job, Pool, record, retries_of, slots_for
-from lmexp.job.search import Interval, Search, Space, SweepSettings, settings_of
+from lmexp.job.search import Interval, Search, Space, SweepSettings, check_space, settings_of
 from lmexp.run.directory import write_atomically
 from lmexp.run.ledger import ENDED_WELL, Entry, Ledger, key_of
 
@@ -174,6 +174,7 @@ class LmexpSweeper(Sweeper):
         settings = settings_of(self.config)
         retries_of(settings.on_fail)
         fixed, space = self._parse(arguments, settings)
+        check_space(settings, space)
         ledger = Ledger(self.config.hydra.sweep.dir)
         jobs = Jobs(self.context, self.config, ledger)
         seeds = seeds_of(self.config, space)
@@ -204,17 +205,15 @@ class LmexpSweeper(Sweeper):
 
     def _grid(self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs) -> list[Entry]:
         listed = {key: values for key, values in space.items() if not isinstance(values, Interval)}
-        if len(listed) < len(space):
-            others = ", ".join(space.keys() - listed.keys())
-            raise UserError(f"{others}: a grid needs values, not an interval; list them, or search with sweep=tpe.")
         points = [dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())]
         made = [jobs.make([*fixed, *(f"{k}={v}" for k, v in point.items())], point) for point in points]
         by_key = {job.entry.key: job for job in made}  # two points may be the same job
+        left = sum(job.entry.status not in ENDED_WELL for job in by_key.values())
+        slots_for(made[0].plan, settings.slots, left)  # errors before anything is begun
         self._begin(ledger, settings, [*fixed, *(f"{k}={','.join(v)}" for k, v in listed.items())])
         for job in by_key.values():
             ledger.write(job.entry)
         waiting = iter([job for job in by_key.values() if job.entry.status not in ENDED_WELL])
-        left = sum(job.entry.status not in ENDED_WELL for job in by_key.values())
         print(f"Sweep: {len(by_key)} jobs, {len(by_key) - left} of them done already, in {ledger.sweep_dir}")
         if left:
             known = {job.entry.key: job.entry for job in by_key.values()}

@@ -261,8 +261,18 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
 
 def settings(**other: Any) -> SweepSettings:
     known: dict[str, Any] = {
-        **{"method": "tpe", "space": {}, "slots": 1, "on_fail": "continue", "monitor": "val/loss", "mode": "min"},
-        **{"trials": 30, "search_seed": 0, "pruner": None, "pruner_startup": 5, "pruner_warmup": 0, "pruner_factor": 3},
+        "method": "tpe",
+        "space": {},
+        "slots": 1,
+        "on_fail": "continue",
+        "monitor": "val/loss",
+        "mode": "min",
+        "trials": 30,
+        "search_seed": 0,
+        "pruner": None,
+        "pruner_startup": 5,
+        "pruner_warmup": 0,
+        "pruner_factor": 3,
     }
     return SweepSettings(**(known | other))
 
