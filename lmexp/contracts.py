@@ -29,6 +29,10 @@ class UserError(ValueError):
     """A mistake of the user's: its text names the thing, what was expected and the fix. `run.py` exits with 2."""
 
 
+class StorageError(UserError):
+    """A disk that is full or gone while a run writes. `run.py` exits with 1: nothing was asked wrongly."""
+
+
 class Diverged(UserError):
     """A loss or a gradient that is not finite. Nothing was saved after it."""
 

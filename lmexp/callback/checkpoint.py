@@ -21,6 +21,12 @@ from lmexp.callback.tracking import Tracking
 from lmexp.contracts import Interrupted, UserError
 from lmexp.run import checkpoint as files
 
+_PACED = 5
+"""Steps after which the pace of a run with `max_time` is known well enough to plan by."""
+
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
+"""Those that mean: save and end. SIGUSR1 is what SLURM is usually told to send some time before the limit."""
+
 
 class CheckpointFiles(CheckpointIO):
     """Lightning's way to our checkpoint files: atomic when written, verified when read."""
@@ -67,6 +73,7 @@ class Checkpoint(RunCallback):
         self._handlers: dict[int, Any] = {}
         self._random: list[dict[str, Any]] = []
         self._votes: Any = None
+        self._pace_from: tuple[int, float] | None = None
 
     # ---- what happens at a step
 
@@ -81,7 +88,7 @@ class Checkpoint(RunCallback):
             self._votes = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             # here, because Lightning has set its own by now
-            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,6 +97,8 @@ class Checkpoint(RunCallback):
         trainer.datamodule.advance(self.session.batch_size)  # type: ignore[attr-defined]
         limit = self.session.max_seconds
         minutes = self.every_minutes
+        if limit is not None:
+            self._plan_for(limit, trainer, pl_module)
         stopped, out_of_time, save_now = self._agree(
             self._signal is not None,
             limit is not None and self.session.seconds >= limit,
@@ -101,6 +110,19 @@ class Checkpoint(RunCallback):
         self._stop_after, self._save_after = stopped, due
         if not (trainer.should_stop or step % self.session.validate_every == 0):
             self._end_of_step(trainer, pl_module, validated=False)
+
+    def _plan_for(self, limit: float, trainer: Trainer, task: Any) -> None:
+        """Fit the schedule into the time there is, at the pace so far, validation and saving included."""
+        step, now = trainer.global_step, self.session.seconds
+        if self._pace_from is None:
+            self._pace_from = step, now  # the first step warms up
+        first, start = self._pace_from
+        if step - first < _PACED:
+            return
+        left = torch.tensor((limit - now) / ((now - start) / (step - first)))
+        if self._votes is not None:
+            dist.broadcast(left, 0, group=self._votes)  # all use one clock
+        task.planned_steps = min(self.session.max_steps, max(step + 1, step + int(left.item())))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":

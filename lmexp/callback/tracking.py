@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lmexp.callback.base import RunCallback
+from lmexp.callback.guard import ADVICE
 from lmexp.contracts import Diverged, MeasuredTask, StepRecord, UserError
+from lmexp.optimizer.sharding import norm_of
 from lmexp.run import events
 
 _RATIO_ELEMENTS = 2**24
@@ -53,6 +55,8 @@ class Tracking(RunCallback):
         self._norms = "none yet"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seen = trainer.datamodule.samples_seen  # type: ignore[attr-defined]
+        self._passed_over = seen - trainer.global_step * self.session.batch_size
         self.session.start_clock()
         self._window_start = self._left = time.perf_counter()
         self._paused = self._paused_when_left = self.session.paused
@@ -97,7 +101,7 @@ class Tracking(RunCallback):
             raise Diverged(
                 f"Training diverged: the validation loss after step {trainer.global_step} is {loss}, gradient norms "
                 f"before: {self._norms}, norm of all weights {_size(pl_module):.4g}. Nothing was saved after that; the "
-                f"last good checkpoint is in {self.session.directory.checkpoints}. {_ADVICE}"
+                f"last good checkpoint is in {self.session.directory.checkpoints}. {ADVICE}."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,9 +138,10 @@ class Tracking(RunCallback):
     def _window_values(
         self, trainer: Trainer, task: MeasuredTask, record: StepRecord, spent: float
     ) -> dict[str, float]:
-        nats = sum(loss * n for loss, n in zip(record.loss, record.tokens, strict=True))
-        tokens, n_bytes = sum(record.tokens), sum(record.n_bytes)
-        loss = nats / tokens
+        made = [n for n, step in enumerate(record.steps) if step not in self.session.left_out]
+        nats = sum(record.loss[n] * record.tokens[n] for n in made)
+        tokens, n_bytes = sum(record.tokens[n] for n in made), sum(record.n_bytes[n] for n in made)
+        loss = nats / tokens if tokens else math.nan
         values = {"train/loss": loss}
         if self.session.bits:  # else it is no loss of tokens
             values["train/perplexity"] = math.exp(min(loss, 700))
@@ -150,6 +155,7 @@ class Tracking(RunCallback):
         if self._ratio is not None:
             values["optim/update_ratio"] = self._ratio.item()
             self._ratio = None
+        values |= {tag: n for tag, n in self.session.metrics.items() if tag.startswith("guard/")}
         read = sum(record.positions)
         values["speed/tokens_per_second"] = read / spent
         values["speed/step_ms"] = 1000 * spent / len(record.steps)
@@ -166,24 +172,21 @@ class Tracking(RunCallback):
 
     def _refuse_nan(self, record: StepRecord, task: LightningModule) -> None:
         for place, (step, loss, norm) in enumerate(zip(record.steps, record.loss, record.grad_norm, strict=True)):
-            if math.isfinite(loss) and math.isfinite(norm):
+            if (math.isfinite(loss) and math.isfinite(norm)) or step in self.session.left_out:
                 continue
             earlier = ", ".join(f"{n:.4g}" for n in record.grad_norm[max(0, place - 5) : place]) or "not in this window"
-            first = step * self.session.batch_size
+            first = step * self.session.batch_size + self._passed_over
             raise Diverged(
                 f"Training diverged at step {step + 1}: loss {loss}, gradient norm {norm} (in the steps before: "
                 f"{earlier}), norm of all weights by now {_size(task):.4g}. The batch was samples {first} to "
                 f"{first + self.session.batch_size - 1}. Nothing was saved after that; the last good checkpoint is in "
-                f"{self.session.directory.checkpoints}. {_ADVICE}"
+                f"{self.session.directory.checkpoints}. {ADVICE}."
             )
 
 
-_ADVICE = "Start again with a lower learning rate, a longer warm-up (schedule.warmup) or a lower task.clip_norm."
-
-
 def _size(task: LightningModule) -> float:
-    """Norm of all weights together."""
-    return torch.stack([p.detach().float().norm() for p in task.parameters()]).norm().item()
+    """Norm of all weights together. Collective where they are in pieces."""
+    return norm_of(list(task.parameters())).item()
 
 
 def _measured(task: LightningModule) -> list[Tensor]:

@@ -66,6 +66,8 @@ class TextData(LightningDataModule):
         self.prefetch = prefetch
         self.tokenizer_documents = tokenizer_documents
         self.samples_seen = 0
+        self.from_sample = 0
+        """A checkpoint's cursor goes at least here: the samples before are passed over."""
         self._stream_states: dict[int, Any] = {}  # samples seen -> where the stream then was
         self._originals: dict[str, list[list[Any]]] = {}  # split -> part -> side -> rows
 
@@ -298,7 +300,7 @@ class TextData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self.samples_seen = state_dict["samples"]
+        self.samples_seen = max(state_dict["samples"], self.from_sample)
         self._stream_states = {}
         if state_dict.get("stream") is not None:
             self._stream_states[self.samples_seen] = state_dict["stream"]

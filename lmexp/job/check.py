@@ -171,6 +171,13 @@ def _callbacks(
         )
     made = {name: collect(partial(build_node, cfg, f"callback.{name}")) for name in names}
     checkpoint = made.pop("checkpoint", None)
+    guard = made.get("guard")
+    data = made_parts["data"]
+    if guard is not None and guard.policy == "rollback" and data is not None and data.corpus.streaming:
+        errors.append(
+            "callback.guard.policy=rollback passes samples over, and a stream cannot be entered further on; choose "
+            "skip, or a corpus that is not streamed."
+        )
     measured = [f"val/{name}" for c in (metric, *made.values()) for name in getattr(c, "names", ())]
     if "answers" in made and None not in (objective, sampling):
         collect(lambda: check_answers(objective, sampling))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lmexp.contracts import Interrupted, UserError
+from lmexp.contracts import Interrupted, StorageError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -40,7 +40,7 @@ def exit_code_of_errors(conf: Path | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         _say(str(error))
-        sys.exit(USER_ERROR)
+        sys.exit(1 if isinstance(error, StorageError) else USER_ERROR)
     except Interrupted as stop:
         _say(str(stop), title="Stopped")
         sys.exit(INTERRUPTED)

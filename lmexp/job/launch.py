@@ -29,7 +29,7 @@ from lmexp.job.plan import Plan
 _LEASH = "LMEXP_LEASH"
 """File descriptor of a pipe whose other end the launching process holds: when it ends, so do its ranks."""
 
-HANDED_ON = (signal.SIGTERM, signal.SIGINT)
+HANDED_ON = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
 """Signals that go on to the processes of a job."""
 
 _GRACE_S = 10.0

@@ -77,11 +77,7 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
     configuration that came with a file must not name just any function to be called.
     """
     cfg = OmegaConf.create(saved)
-    for target in _targets(saved):
-        if not target.startswith("lmexp."):
-            raise UserError(
-                f"The checkpoint's configuration names {target}, which is no part of lmexp, and is not called."
-            )
+    refuse_foreign_parts(saved)
     overrides = {o.lstrip("+~").partition("=")[0]: o for o in plan.overrides}
     for key in _ASKED:
         if key != "decoding" or "decoding" in overrides:
@@ -108,6 +104,15 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
             )
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+def refuse_foreign_parts(saved: dict[str, Any]) -> None:
+    """Raise `UserError` if a configuration that came with files names something to be called that is not lmexp's."""
+    for target in _targets(saved):
+        if not target.startswith("lmexp."):
+            raise UserError(
+                f"The checkpoint's configuration names {target}, which is no part of lmexp, and is not called."
+            )
 
 
 def _targets(node: Any) -> Iterator[str]:

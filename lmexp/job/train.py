@@ -9,6 +9,7 @@ import os
 import random
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from lmexp.callback.base import RunCallback, Scoring
 from lmexp.callback.checkpoint import CheckpointFiles
+from lmexp.callback.guard import Guard, Rollback
 from lmexp.callback.pruning import Pruning
 from lmexp.callback.samples import Samples
 from lmexp.contracts import UserError
@@ -57,6 +59,7 @@ MAY_CHANGE = (
     *("callback.answers.batch_size", "callback.answers.shown", "callback.answers.bootstrap"),
     *("callback.predictions", "metric.bootstrap"),
     *("callback.checkpoint.every_steps", "callback.checkpoint.every_minutes", "callback.checkpoint.keep"),
+    "callback.guard",
     "data.corpus",  # where it lies; whether it is the same text is seen by its content
 )
 """Keys that a resumed run may have otherwise: how fast, how long, where; never what is computed."""
@@ -77,12 +80,29 @@ def train(plan: Plan) -> float:
         stack.enter_context(directory.open() if rank == 0 else nullcontext())
         terminal.open_log(directory.log)
         stack.callback(terminal.close)
-        return _train(plan, parts, directory, terminal, rank, world_size)
+        backs: list[Rollback] = []
+        while True:
+            try:
+                return train_in(plan, parts, directory, terminal, rank, world_size, backs)
+            except Rollback as back:
+                terminal.print(f"Going back to the last checkpoint, {back.why}; on with sample {back.next_sample}.")
+                backs.append(back)
+                parts = check(cfg, world_size)
 
 
-def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal, rank: int, world_size: int) -> float:
+def train_in(
+    plan: Plan,
+    parts: Parts,
+    directory: RunDirectory,
+    terminal: Terminal,
+    rank: int,
+    world_size: int,
+    backs: Sequence[Rollback] = (),
+) -> float:
+    """One go at the run; `backs`: the times that it went back before."""
     cfg = plan.config
-    found = files.last_valid(directory.checkpoints, terminal.print, tidy=rank == 0) if cfg.resume == "auto" else None
+    goes_on = cfg.resume == "auto" or bool(backs)
+    found = files.last_valid(directory.checkpoints, terminal.print, tidy=rank == 0) if goes_on else None
     checkpoint_files = CheckpointFiles()
     entry: dict[str, Any] | None = None
     if found is not None:
@@ -108,6 +128,8 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
     if origin is not None:
         initialize(task.model, origin, data.tokenizer, terminal.print)
         del origin  # it holds the weights
+    if backs:
+        data.from_sample = data.samples_seen = backs[-1].next_sample
     task.adapt(cfg.seed)
     seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
     session = _session(plan, parts, data, task, directory, terminal, record, world_size)
@@ -122,12 +144,16 @@ def _train(plan: Plan, parts: Parts, directory: RunDirectory, terminal: Terminal
             callback.sampling = parts.sampling
         if isinstance(callback, Scoring):
             callback.data = data
+        if isinstance(callback, Guard):
+            callback.rolled_back = len(backs)
     logger: Any = build_node(cfg, "logger") if rank == 0 else False
     if entry is not None:
         session.steps_before, session.seconds_before = entry["step"], entry["seconds"]
         session.metrics |= entry["metrics"]
+    if backs:
+        session.metrics["guard/rolled_back"] = len(backs)
     if rank == 0:
-        if cfg.resume == "auto":
+        if goes_on:
             events.keep_until(directory.path, session.steps_before if entry is not None else -1)
         _describe(plan, session, entry is not None)
     if entry is not None and _is_done(entry, session):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from lmexp.contracts import UserError
+from lmexp.contracts import StorageError, UserError
 
 
 def new_run_id() -> str:
@@ -26,7 +26,7 @@ def new_run_id() -> str:
 
 @contextmanager
 def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
-    """Turn a full disk or a missing permission under `path` into a `UserError` that says what to do.
+    """Turn a disk that is full or gone, or a missing permission, into a `UserError` that says what to do.
 
     Other errors of the operating system pass through.
     """
@@ -34,10 +34,15 @@ def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+            raise StorageError(
                 f"{doing}: the disk that holds {path} is full ({error.strerror}). Nothing half-written was kept. "
                 "Free some space or set paths.run_dir (or paths.cache_dir) to another disk, then run again with "
                 "resume=auto."
+            ) from error
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN):
+            raise StorageError(
+                f"{doing}: {path} cannot be reached any more ({error.strerror}): its disk or network mount failed. The "
+                "last whole checkpoint is as it was; when the disk is back, run again with resume=auto."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
@@ -90,6 +95,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.json"
+
+    @property
+    def flight(self) -> Path:
+        return self.path / "flight"
 
     @property
     def progress(self) -> Path:

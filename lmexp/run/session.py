@@ -74,6 +74,9 @@ class Session:
     metrics: dict[str, float] = field(default_factory=dict)
     """Tag -> the latest number, for the terminal and metrics.json."""
 
+    left_out: set[int] = field(default_factory=set)
+    """Steps, counted from 0, whose update was not made."""
+
     stopped_early: bool = False
     """Whether the run has ended before its last step because it no longer got better."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
 from lmexp.data.loader import each_tensor
 from lmexp.model.lora import LoRA, add_lora
+from lmexp.optimizer.sharding import norm_of, scale_
 
 OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -64,6 +65,10 @@ class BaseTask(LightningModule):
         self.micro_batch_size = micro_batch_size
         self.log_every = log_every
         self.flops_per_token = flops_per_token
+        self.planned_steps: int | None = None
+        """Steps that there is time for, if that is less than `max_steps`; the schedule ends with them."""
+        self.accepts: Callable[[Batch, Tensor, Tensor], bool] | None = None
+        """Asked with the batch, the mean loss () and the gradient's norm () whether to make the update."""
         self._window_start = 0
         self._ring: Tensor | None = None
         if compile:
@@ -118,7 +123,7 @@ class BaseTask(LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         step = self.trainer.global_step
-        factor = self.schedule(step, self.max_steps)
+        factor = self.schedule(step, self.planned_steps or self.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -135,7 +140,14 @@ class BaseTask(LightningModule):
                 self.manual_backward(loss)
             total += loss.detach().float()
 
-        norm = self._mean_and_clip(count)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # backends average over devices, which the factor world_size takes back
+        scale = self.trainer.world_size / count.float()
+        norm = norm_of(gradients).float() * scale
+        if self.accepts is None or self.accepts(batch, total / count, norm):
+            self._mean_and_clip(gradients, scale, norm)
+        else:
+            optimizer.zero_grad()  # a step without gradients changes nothing, and is counted
         optimizer.step()
         optimizer.zero_grad()
         assert self._ring is not None
@@ -149,18 +161,11 @@ class BaseTask(LightningModule):
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()  # type: ignore[union-attr, operator]
 
     @torch.no_grad()
-    def _mean_and_clip(self, count: Tensor) -> Tensor:
-        """Turn summed gradients into the mean over `count` tokens, clip it; returns the norm () before clipping.
-
-        Data-parallel backends average over devices, which the factor world_size takes back.
-        """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        scale = self.trainer.world_size / count.float()
-        norm = nn.utils.get_total_norm(gradients, foreach=True).float() * scale
+    def _mean_and_clip(self, gradients: list[Tensor], scale: Tensor, norm: Tensor) -> None:
+        """Turn summed gradients into the mean over the batch's tokens, and cut it to `clip_norm`."""
         if self.clip_norm is not None:
             scale = scale * torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale)
-        return norm
+        scale_(gradients, scale)
 
     def read_window(self, step: int) -> StepRecord:
         """Read what was measured since the last call up to before `step`: the one host read of the window.
