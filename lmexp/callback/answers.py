@@ -20,6 +20,7 @@ from lmexp.decoding.beam import Beam
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.metric import summarization, text_to_text
 from lmexp.objective.text_to_text import TextToText
+from lmexp.optimizer.sharding import gathered
 
 
 class Answer(NamedTuple):
@@ -143,8 +144,8 @@ class Answers(Scoring):
         """While the devices are still connected."""
         self._measure(trainer, pl_module, self.split, self.most, self.bootstrap)
 
-    def _measure(self, trainer: Trainer, task: LightningModule, split: str, most: int | None, bootstrap: int) -> None:
-        with trainer.precision_plugin.forward_context():
+    def _measure(self, trainer: Trainer, task: Any, split: str, most: int | None, bootstrap: int) -> None:
+        with trainer.precision_plugin.forward_context(), gathered(task.model):
             own = self._answers(task.model, split, most)
         shares: list[Any] = [own]
         if trainer.world_size > 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
+from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, whole_state
 
 
 class WeightAverage(RunCallback):
@@ -33,14 +34,18 @@ class WeightAverage(RunCallback):
         live = _weights(pl_module)
         if not self._average:
             self._average = {name: p.detach().clone() for name, p in live.items()}
-        self._average = {name: a.to(live[name]) for name, a in self._average.items()}
+        self._average = {
+            name: a if is_in_pieces(a) else pieces_like(a.to(local(live[name])), live[name])
+            for name, a in self._average.items()
+        }
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.decay is not None:
-            torch._foreach_lerp_(list(self._average.values()), list(_weights(pl_module).values()), 1 - self.decay)
+            averages = [local(a) for a in self._average.values()]
+            torch._foreach_lerp_(averages, [local(p) for p in _weights(pl_module).values()], 1 - self.decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.decay is not None and trainer.state.fn == "fit":
@@ -53,7 +58,7 @@ class WeightAverage(RunCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert not self._swapped
         if self.decay is not None:
-            checkpoint["average"] = self._average
+            checkpoint["average"] = whole_state(self._average)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.decay is not None:
@@ -62,9 +67,10 @@ class WeightAverage(RunCallback):
     @torch.no_grad()
     def _swap(self, module: LightningModule) -> None:
         for name, p in _weights(module).items():
-            kept = p.detach().clone()
-            p.copy_(self._average[name])
-            self._average[name].copy_(kept)
+            live, average = local(p), local(self._average[name])
+            kept = live.detach().clone()
+            live.copy_(average)
+            average.copy_(kept)
         self._swapped = not self._swapped
 
 

@@ -16,6 +16,7 @@ from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
 from lmexp.data.loader import each_tensor
 from lmexp.model.layers import recorded_attention
+from lmexp.optimizer.sharding import gathered
 
 _CELL = 12  # pixels a side
 _LABEL = 110  # pixels for the tokens beside and above a map
@@ -38,10 +39,16 @@ class Inspection(RunCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = trainer.global_step == self.session.max_steps or trainer.should_stop
-        if trainer.state.fn != "fit" or not isinstance(trainer.logger, TensorBoardLogger) or not last:
+        if trainer.state.fn != "fit" or not last:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model = cast(nn.Module, pl_module.model)
+        with gathered(model):
+            if isinstance(trainer.logger, TensorBoardLogger):
+                self._show(trainer, model)
+
+    def _show(self, trainer: Trainer, model: nn.Module) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(trainer.logger, TensorBoardLogger)
         writer = trainer.logger.experiment
         spell = [data.tokenizer.decode([i]).replace("\n", "\\n") for i in range(data.tokenizer.vocab_size)]
         with self.session.pause():
@@ -52,7 +59,7 @@ class Inspection(RunCallback):
             if self.embeddings and isinstance(embed, nn.Embedding):
                 n = min(self.embeddings, len(spell))
                 labels = [f"{i} {text!r}" for i, text in enumerate(spell[:n])]  # quoted: white space would be lost
-                table = embed.weight[:n].detach().float().cpu()
+                table = embed.weight[:n].detach().float().cpu().clone()  # numpy would hold on to the memory
                 writer.add_embedding(table, metadata=labels, global_step=trainer.global_step, tag="tokens")
 
     @torch.no_grad()

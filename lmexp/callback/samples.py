@@ -15,6 +15,7 @@ from lmexp.callback.base import RunCallback
 from lmexp.contracts import IGNORE_INDEX, UserError
 from lmexp.data.loader import each_tensor
 from lmexp.decoding.generate import Sampling, generate
+from lmexp.optimizer.sharding import gathered
 
 
 class Samples(RunCallback):
@@ -38,9 +39,14 @@ class Samples(RunCallback):
         self.latest: list[str] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or not trainer.is_global_zero or not self.prompts:
+        if trainer.state.fn != "fit" or not self.prompts:
             return
         model = cast(nn.Module, pl_module.model)
+        with gathered(model):
+            if trainer.is_global_zero:
+                self._write(trainer, model)
+
+    def _write(self, trainer: Trainer, model: nn.Module) -> None:
         # eager: each new token is another shape, which a compiled model would be compiled for
         with self.session.pause(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             if model.family == "decoder":

@@ -202,5 +202,4 @@ def _measured(task: LightningModule) -> list[Tensor]:
 @torch.no_grad()
 def _update_ratio(before: list[Tensor], after: list[Tensor]) -> Tensor:
     """||w' - w|| / ||w|| over all of these together."""
-    change = torch.stack(list(torch._foreach_norm(torch._foreach_sub(after, before)))).norm()
-    return change / torch.stack(list(torch._foreach_norm(before))).norm()
+    return norm_of([b - a for a, b in zip(before, after, strict=True)]) / norm_of(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from lmexp.data.labelled import is_labelled
 from lmexp.data.text import TextData
 from lmexp.metric.classification import ClassificationScores
 from lmexp.task.base import BaseTask
+from lmexp.task.sharded import Sharded
 
 
 def build_node(cfg: DictConfig, key: str) -> Any:
@@ -101,6 +103,7 @@ def build_task(cfg: DictConfig, parts: Parts, vocab_size: int, device: str = "cp
             log_every=cfg.log_every,
             flops_per_token=model.flops_per_token(parts.data.block_size),
             compile=cfg.trainer.compile,
+            recompute=cfg.trainer.recompute_activations,
             **own,
         )
     except TypeError as error:
@@ -147,9 +150,13 @@ def build_trainer(
         strategy = DDPStrategy(
             process_group_backend="gloo" if accelerator == "cpu" else None, gradient_as_bucket_view=True
         )
+    elif cfg.trainer.strategy == "fsdp":
+        strategy = Sharded(world_size, "gloo" if accelerator == "cpu" else None)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
     trainer = Trainer(
         accelerator=accelerator,
-        devices=world_size,
+        devices=here,
+        num_nodes=world_size // here,
         strategy=strategy,
         precision=precision_of(cfg),  # type: ignore[arg-type]
         max_epochs=-1,
@@ -164,6 +171,7 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        inference_mode=cfg.trainer.strategy != "fsdp",  # which weights in pieces cannot be brought together in
         benchmark=False,
     )
     # Lightning would ask rank 0 before every step whether it got a signal, and wait for the device to answer; the

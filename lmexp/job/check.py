@@ -108,7 +108,9 @@ ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "init
 }
 """Every key of the root that something reads."""
 
-TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "micro_batch_size", "threads"}
+TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "micro_batch_size", "threads"} | {
+    "recompute_activations"
+}
 """Every key of `trainer` that something reads."""
 
 
@@ -294,10 +296,11 @@ def check_devices(cfg: DictConfig, world_size: int) -> None:
             f"trainer.devices={world_size}, but there {'is' if there == 1 else 'are'} {there}; set "
             f"trainer.devices={there} or fewer."
         )
-    if cfg.trainer.strategy not in ("single", "ddp"):
-        raise UserError(f"trainer.strategy={cfg.trainer.strategy}; expected single or ddp.")
-    if not isinstance(cfg.trainer.compile, bool):
-        raise UserError(f"trainer.compile={cfg.trainer.compile}; expected true or false.")
+    if cfg.trainer.strategy not in ("single", "ddp", "fsdp"):
+        raise UserError(f"trainer.strategy={cfg.trainer.strategy}; expected single, ddp or fsdp.")
+    for key in ("compile", "recompute_activations"):
+        if not isinstance(cfg.trainer[key], bool):
+            raise UserError(f"trainer.{key}={cfg.trainer[key]}; expected true or false.")
 
 
 def check_division(cfg: DictConfig, world_size: int) -> None:

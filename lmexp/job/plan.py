@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,11 @@ class Plan:
         in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
         overrides = list(hydra_cfg.overrides.task)
         choices = choices_of(hydra_cfg)
+        if plain.paths.run_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "Processes that something else starts (torchrun) must agree on the run's directory: set paths.run_dir, "
+                "on a disk that all machines see."
+            )
         if plain.paths.run_dir is None:
             if in_sweep:  # of another sweeper than ours, which names the directory
                 plain.paths.run_dir = str(Path(hydra_cfg.sweep.dir) / f"{hydra_cfg.job.num}_{slug(overrides)}")

@@ -88,7 +88,7 @@ def _configured(plan: Plan, saved: DictConfig, directory: RunDirectory) -> DictC
     cfg.paths = OmegaConf.merge(cfg.paths, {"run_dir": str(directory.path)})
     cfg.resume = "auto"
     cfg.callback.guard.policy = cfg.callback.guard.policy.replace("rollback", "raise")
-    for quiet in ("samples", "progress", "inspection", "early_stopping"):
+    for quiet in ("samples", "progress"):
         cfg.callback.pop(quiet, None)
     cfg.sweep = OmegaConf.merge(plan.config.sweep, {})
     OmegaConf.set_readonly(cfg, True)

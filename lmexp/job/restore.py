@@ -15,6 +15,7 @@ from lmexp.job.check import check
 from lmexp.job.plan import Plan
 from lmexp.run import checkpoint as files
 from lmexp.task.base import BaseTask
+from lmexp.task.sharded import load_whole
 from lmexp.tokenizer.tokenizer import Tokenizer
 
 _ASKED = ("job", "ckpt", "out", "format", "trainer", "paths", "decoding", "seed")
@@ -142,7 +143,7 @@ def load_weights(task: BaseTask, checkpoint: dict[str, Any], path: str) -> None:
             + "; ".join(problems)
             + ". Was its configuration edited? Use a checkpoint as it was saved."
         )
-    task.load_state_dict(weights)
+    load_whole(task, weights)
 
 
 def _few(names: list[str]) -> str:

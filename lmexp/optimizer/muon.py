@@ -24,6 +24,7 @@ from lmexp.optimizer.groups import (
     set_initial_rates,
     split_parameters,
 )
+from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, whole_from
 
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -139,7 +140,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Matrices (and parts of fused ones) of one shape are orthogonalised as one batch. All state stands in the state
     dict as tensors and numbers, so that training resumes to the bit. Under data parallelism each device does the
-    same work on the same averaged gradients.
+    same work on the same averaged gradients; where weights are in pieces, each brings a matrix's momentum together,
+    does the same, and keeps its piece.
     """
 
     def __init__(self, groups: list[dict[str, Any]], matrices: list[Matrix]) -> None:
@@ -161,20 +163,23 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum"] for p in parameters]
+        # a device averages its own pieces, and sees the whole of a matrix to orthogonalise it
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        averages = [local(self.state[p]["momentum"]) for p in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+        updates = [whole_from(update, p) for update, p in zip(updates, parameters, strict=True)]
+        targets_of = [torch.zeros_like(u) if is_in_pieces(p) else p for u, p in zip(updates, parameters, strict=True)]
 
         buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for p, update in zip(parameters, updates, strict=True):
-            for target, piece in zip(self._split(p, p), self._split(p, update), strict=True):
+        for p, goal, update in zip(parameters, targets_of, updates, strict=True):
+            for target, piece in zip(self._split(p, goal), self._split(p, update), strict=True):
                 buckets.setdefault((piece.shape[1], piece.shape[2]), []).append((target, piece))
         if group["weight_decay"]:
-            torch._foreach_mul_(list[Tensor](parameters), 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), members in buckets.items():
             batch = orthogonalize(torch.cat([piece for _, piece in members]), group["steps"])
             spectral = group["scale"] == "spectral"
@@ -182,6 +187,9 @@ class MuonAdamW(torch.optim.Optimizer):
             targets = [target for target, _ in members]
             changes = list(batch.to(targets[0].dtype).split([len(t) for t in targets]))
             torch._foreach_add_(targets, changes, alpha=-group["lr"] * size)
+        for p, change in zip(parameters, targets_of, strict=True):
+            if change is not p:
+                local(p).add_(local(pieces_like(change, p)))
 
     def _split(self, p: nn.Parameter, x: Tensor) -> list[Tensor]:
         """Views (n, rows, columns) of what is fused in a matrix, equal neighbours together."""
@@ -198,10 +206,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         states = [self.state[p] for p in parameters]
         adamw(
-            list(parameters),
-            [p.grad for p in parameters if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=group["fused"],

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
 from lmexp.data.loader import each_tensor
 from lmexp.model.lora import LoRA, add_lora
-from lmexp.optimizer.sharding import norm_of, scale_
+from lmexp.optimizer.sharding import norm_of, recompute_activations, scale_, shard
+from lmexp.task.sharded import Sharded
 
 OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -43,9 +45,11 @@ class BaseTask(LightningModule):
         freeze: Sequence[str] = (),
         lora: Mapping[str, Any] | None = None,
         compile: bool = False,
+        recompute: bool = False,
     ) -> None:
         """`freeze`: parts of the model that are not trained, as names of modules or parameters, or patterns of these
-        (`embed`, `blocks.[0-3]`). `lora`: the fields of `LoRA`, which alone is trained then, after `adapt`."""
+        (`embed`, `blocks.[0-3]`). `lora`: the fields of `LoRA`, which alone is trained then, after `adapt`.
+        `recompute`: activations of blocks are computed again in the backward pass instead of being kept."""
         super().__init__()
         if lora is not None and freeze:
             raise UserError(f"task.freeze={list(freeze)} with task.lora, which freezes all but itself; leave one out.")
@@ -71,6 +75,8 @@ class BaseTask(LightningModule):
         """Asked with the batch, the mean loss () and the gradient's norm () whether to make the update."""
         self._window_start = 0
         self._ring: Tensor | None = None
+        if recompute:
+            recompute_activations(self.model)
         if compile:
             # in place: a wrapper would prefix every key of the state dict with _orig_mod
             self.model.compile()
@@ -100,6 +106,8 @@ class BaseTask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Write the numbers of the split under val/, against the optimizer step."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # the head's group stays whole after a forward pass without a backward one
         self.measured = self.measure(final=False)  # while the devices are still connected
         values = {f"val/{name}": value for name, value in self.measured.items() if name != "tokens"}
         self.trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
@@ -110,6 +118,12 @@ class BaseTask(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.measured = self.measure(final=True)
+
+    def configure_model(self) -> None:
+        """Put the model in pieces, if the strategy is for that."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded) and not isinstance(self.model, FSDPModule):
+            shard(self.model, strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer(self.model)
@@ -157,8 +171,18 @@ class BaseTask(LightningModule):
 
     def _no_sync(self) -> Any:
         """Gradients of all but the last micro-batch stay on their device."""
+        if isinstance(self.model, FSDPModule):
+            return self._gradients_kept(self.model)
         model = self.trainer.model
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()  # type: ignore[union-attr, operator]
+
+    @contextmanager
+    def _gradients_kept(self, model: FSDPModule) -> Iterator[None]:
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
 
     @torch.no_grad()
     def _mean_and_clip(self, gradients: list[Tensor], scale: Tensor, norm: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -24,3 +25,15 @@ class Planted(RunCallback):
         if trainer.global_step == 3 and me == self.nan:
             with torch.no_grad():
                 next(pl_module.parameters()).fill_(float("nan"))
+
+
+class Rows(RunCallback):
+    """Writes a line for each step and device: what its rows of the batch were."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        rows = [hash(tuple(row)) for row in batch["inputs"]["tokens"].tolist()]
+        with open(f"{self.folder}/rows-{trainer.global_rank}.txt", "a", encoding="utf-8") as file:
+            file.write(json.dumps([trainer.global_step, trainer.global_rank, rows]) + "\n")

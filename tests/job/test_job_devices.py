@@ -1,0 +1,183 @@
+"""Many devices: the numbers of one, whatever holds the weights and however often their number changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmexp.job.train import train
+from tests.runs import ROOT, TINY, assert_same, checkpoint, corpus, plan, run, scalars
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "decoder": ("model=llama",),
+    "encoder": ("model=bert", "objective=masked_lm"),
+    "encoder_decoder": ("model=t5", "objective=span_corruption"),
+}
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw": ("optimizer=adamw", "optimizer.lr=0.003"),
+    "muon": ("optimizer=muon", "optimizer.lr=0.02"),
+}
+STEPS = 20
+
+
+def arguments(folder: Path, out: str, *more: str) -> list[str]:
+    return [
+        *TINY,
+        corpus(folder),
+        f"paths.cache_dir={folder / 'cache'}",
+        f"paths.run_dir={folder / out}",
+        f"max_steps={STEPS}",
+        "validate_every=10",
+        "log_every=5",
+        "schedule=constant",
+        "data.block_size=32",
+        *more,
+    ]
+
+
+def assert_curves(one: Path, other: Path, relative: float, tags: tuple[str, ...] = ("train/loss", "val/loss")) -> None:
+    a, b = scalars(one), scalars(other)
+    for tag in tags:
+        assert [s for s, _ in a[tag]] == [s for s, _ in b[tag]]
+        assert [v for _, v in a[tag]] == pytest.approx([v for _, v in b[tag]], rel=relative), tag
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_pieces_train_as_whole_ones(tmp_path: Path, family: str, optimizer: str) -> None:
+    """Bar: FSDP2 on 2 processes, 20 steps, to 1e-4 of one process; what it saves goes on in one."""
+    options = (*FAMILIES[family], *OPTIMIZERS[optimizer], "callback.average.decay=0.9", "trainer.micro_batch_size=2")
+    train(plan(*arguments(tmp_path, "one", *options)))
+    done = run(*arguments(tmp_path, "two", *options, "trainer=fsdp_sim", "trainer.recompute_activations=true"))
+    assert done.returncode == 0, done.stderr
+    assert_curves(tmp_path / "one", tmp_path / "two", 1e-4)
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert one["average"].keys() == two["average"].keys()
+    for key, value in one["optimizer_states"][0]["state"].items():
+        assert {n: getattr(x, "shape", None) for n, x in value.items()} == {
+            n: getattr(x, "shape", None) for n, x in two["optimizer_states"][0]["state"][key].items()
+        }
+    longer = ["max_steps=30", "resume=auto"]
+    train(plan(*arguments(tmp_path, "one", *options, *longer)))
+    train(plan(*arguments(tmp_path, "two", *options, *longer)))
+    assert_curves(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+@pytest.mark.slow
+def test_weights_in_pieces_resume_and_export(tmp_path: Path) -> None:
+    """From one process to two in pieces; the export is one file with the logits of the checkpoint."""
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForCausalLM
+
+    options = ("model=llama", "optimizer=muon", "optimizer.lr=0.02")
+    train(plan(*arguments(tmp_path, "whole", *options, "max_steps=30")))
+    train(plan(*arguments(tmp_path, "pieces", *options)))
+    done = run(*arguments(tmp_path, "pieces", *options, "max_steps=30", "resume=auto", "trainer=fsdp_sim"))
+    assert done.returncode == 0, done.stderr
+    assert_curves(tmp_path / "whole", tmp_path / "pieces", 1e-4)
+    done = run("job=export", f"ckpt={tmp_path / 'pieces'}", f"out={tmp_path / 'hf'}", "trainer=cpu")
+    assert done.returncode == 0, done.stderr
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    from lmexp.job.restore import restore
+
+    ours: Any = restore(plan("job=evaluate", f"ckpt={tmp_path / 'pieces'}", "trainer=cpu"), 1).task.model.eval()
+    tokens = torch.randint(0, 200, (2, 16))
+    with torch.no_grad():
+        logits = ours.head(ours(tokens))[..., : theirs.config.vocab_size]
+        assert (logits - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    options = ("model=gpt", "model.dropout=0.1")
+    train(plan(*arguments(tmp_path, "kept", *options)))
+    train(plan(*arguments(tmp_path, "again", *options, "trainer.recompute_activations=true")))
+    assert_same(checkpoint(tmp_path / "kept")["state_dict"], checkpoint(tmp_path / "again")["state_dict"])
+
+
+@pytest.mark.slow
+def test_another_number_of_devices_goes_on_with_the_same_samples(tmp_path: Path) -> None:
+    """Bar: 2 processes to 1 to 2, with other micro-batches and workers: sample for sample and to 1e-5."""
+
+    def go(out: str, steps: int, *how: str) -> None:
+        (tmp_path / f"{out}-rows").mkdir(exist_ok=True)
+        rows = f"+callback.rows={{_target_: planted.Rows, folder: {tmp_path / f'{out}-rows'}}}"
+        args = arguments(
+            tmp_path, out, "model=llama", f"max_steps={steps}", "resume=auto", "validate_every=5", rows, *how
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *args], capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+
+    go("fixed", 30)
+    go("elastic", 10, "trainer=ddp_sim", "trainer.micro_batch_size=2")
+    go("elastic", 20, "trainer.micro_batch_size=8", "data.num_workers=2")
+    go("elastic", 30, "trainer=ddp_sim", "data.num_workers=1")
+    assert_curves(tmp_path / "fixed", tmp_path / "elastic", 1e-5)
+    assert read_rows(tmp_path / "fixed-rows") == read_rows(tmp_path / "elastic-rows")
+
+
+def read_rows(folder: Path) -> dict[int, list[int]]:
+    """Step -> the rows of all devices, by rank."""
+    lines = [json.loads(line) for path in folder.glob("rows-*.txt") for line in path.read_text().splitlines()]
+    found: dict[int, list[int]] = {}
+    for step, _, rows in sorted(lines, key=lambda line: line[:2]):
+        found.setdefault(step, []).extend(rows)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def two_nodes(args: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """The same command on two machines, both of them here."""
+    port = free_port()
+    started = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
+        command += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "run.py")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(
+                [*command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
+        )
+    done = []
+    for process in started:
+        out, err = process.communicate(timeout=300)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+def test_two_machines(tmp_path: Path, trainer: str) -> None:
+    """Bar: two nodes of torchrun on loopback train to the losses of one process."""
+    options = ("model=llama",)
+    train(plan(*arguments(tmp_path, "one", *options)))
+    for done in two_nodes(arguments(tmp_path, "two", *options, f"trainer={trainer}")):
+        assert done.returncode == 0, done.stderr
+    assert_curves(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert (tmp_path / "two" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_machines_must_agree_on_the_directory(tmp_path: Path) -> None:
+    args = [a for a in arguments(tmp_path, "two", "trainer=ddp_sim") if not a.startswith("paths.run_dir")]
+    for done in two_nodes(args):
+        assert done.returncode != 0
+        assert "set paths.run_dir" in done.stderr
