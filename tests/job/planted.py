@@ -1,4 +1,4 @@
-"""What goes wrong in one job of a sweep, as a callback: a crash or a number that is no number."""
+"""Callbacks that tests put into runs: what goes wrong, and what is to be seen."""
 
 from __future__ import annotations
 

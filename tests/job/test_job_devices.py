@@ -35,7 +35,7 @@ def arguments(folder: Path, out: str, *more: str) -> list[str]:
         f"paths.cache_dir={folder / 'cache'}",
         f"paths.run_dir={folder / out}",
         f"max_steps={STEPS}",
-        "validate_every=10",
+        "validate_every=5",
         "log_every=5",
         "schedule=constant",
         "data.block_size=32",
