@@ -6,6 +6,9 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils._pytree import tree_map_only
 
 from lmexp.callback.base import RunCallback
 from lmexp.callback.tracking import Tracking
-from lmexp.contracts import Interrupted, UserError
+from lmexp.contracts import Interrupted, StorageError, UserError
 from lmexp.run import checkpoint as files
 
 _PACED = 5
@@ -29,14 +33,43 @@ SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SI
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to our checkpoint files: atomic when written, verified when read."""
+    """Lightning's way to our checkpoint files: atomic when written, verified when read.
+
+    With `background` a copy of everything is made at once, and written while training goes on; one at a time.
+    """
 
     def __init__(self) -> None:
+        self.background = False
+        self._writing: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.read: dict[str, dict[str, Any]] = {}
         """Checkpoints that were read and verified already, by their path."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        files.save(checkpoint, Path(path))
+        if not self.background:
+            files.save(checkpoint, Path(path))
+            return
+        self.wait()
+        copied = tree_map_only(torch.Tensor, _copied, checkpoint)
+        self._writing = self._writer.submit(files.save, copied, Path(path))
+
+    def after(self, do: Callable[[], None]) -> None:
+        """Do this when what was saved last is on the disk."""
+        if self._writing is None:
+            do()
+            return
+        self._writing = self._writer.submit(_then, self._writing, do)  # in turn: the writer is one thread
+
+    def wait(self) -> None:
+        """Until everything is on the disk. Raises what went wrong in writing it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether writing has gone wrong by now."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         known = self.read.pop(str(path), None)
@@ -53,7 +86,13 @@ class Checkpoint(RunCallback):
     """
 
     def __init__(
-        self, every_steps: int | None, every_minutes: float | None, keep: int, monitor: str, mode: str
+        self,
+        every_steps: int | None,
+        every_minutes: float | None,
+        keep: int,
+        monitor: str,
+        mode: str,
+        background: bool = False,
     ) -> None:
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
@@ -65,10 +104,14 @@ class Checkpoint(RunCallback):
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.keep = keep
+        if not isinstance(background, bool):
+            raise UserError(f"callback.checkpoint.background={background}; expected true or false.")
+        self.background = background
         self.monitor = monitor
         self.sign = 1 if mode == "min" else -1
         self.best_score: float | None = None
         self.best_step: int | None = None
+        self._files = CheckpointFiles()
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._random: list[dict[str, Any]] = []
@@ -79,6 +122,9 @@ class Checkpoint(RunCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
+        assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles)
+        self._files = trainer.strategy.checkpoint_io
+        self._files.background = self.background
         if self._random:
             if trainer.global_rank < len(self._random):
                 _set_random_state(self._random[trainer.global_rank])
@@ -99,11 +145,15 @@ class Checkpoint(RunCallback):
         minutes = self.every_minutes
         if limit is not None:
             self._plan_for(limit, trainer, pl_module)
-        stopped, out_of_time, save_now = self._agree(
+        stopped, out_of_time, save_now, failed = self._agree(
             self._signal is not None,
             limit is not None and self.session.seconds >= limit,
             minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes,
+            self._files.failed,
         )
+        if failed:
+            self._files.wait()  # raises on the rank that writes
+            raise StorageError("Another process could not write a checkpoint; it says why.")
         if step == self.session.max_steps or (out_of_time and not stopped):
             trainer.should_stop = True  # Lightning validates before it stops
         due = save_now or (self.every_steps is not None and step % self.every_steps == 0)
@@ -135,6 +185,8 @@ class Checkpoint(RunCallback):
         if better or stop or self._save_after or at_validations or trainer.should_stop:
             with self.session.pause():
                 self._save(trainer, task, better)
+        if stop or trainer.should_stop:
+            self._files.wait()
         if stop and not (trainer.should_stop and validated):  # at the very end the run is done, not stopped
             name = signal.Signals(self._signal).name if self._signal is not None else "a signal to another process"
             raise Interrupted(
@@ -164,10 +216,7 @@ class Checkpoint(RunCallback):
         trainer.save_checkpoint(folder / files.step_file(step))
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
-            files.link_last_and_best(folder, step, self.best_step)
-            for old in files.saved_steps(folder)[: -self.keep]:
-                if old not in (step, self.best_step):
-                    (folder / files.step_file(old)).unlink()
+            self._files.after(partial(_link_and_tidy, folder, step, self.best_step, self.keep))
 
     # ---- signals and votes
 
@@ -190,6 +239,8 @@ class Checkpoint(RunCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+        if isinstance(exception, Exception) and not self._files.failed:
+            self._files.wait()
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -223,6 +274,22 @@ class Checkpoint(RunCallback):
         if best is not None and not best.exists():  # a later one took its place, and is damaged
             self.best_score = self.best_step = None
         self._random = entry["random"]
+
+
+def _link_and_tidy(folder: Path, step: int, best: int | None, keep: int) -> None:
+    files.link_last_and_best(folder, step, best)
+    for old in files.saved_steps(folder)[:-keep]:
+        if old not in (step, best):
+            (folder / files.step_file(old)).unlink()
+
+
+def _then(written: Future[None], do: Callable[[], None]) -> None:
+    written.result()
+    do()
+
+
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to("cpu", copy=True)
 
 
 def _between_steps(loop: dict[str, Any], step: int, validate_every: int) -> None:

@@ -81,6 +81,11 @@ class SweepSettings:
 def settings_of(config: DictConfig) -> SweepSettings:
     """The group `sweep` of a composed configuration. Raises `UserError` for values that do not fit."""
     node = cast(dict[str, Any], OmegaConf.to_container(config.sweep, resolve=True))
+    picks: Any = config.callback.get("checkpoint") or {"monitor": "val/loss", "mode": "min"}
+    if node.get("monitor") is None:
+        node |= {"monitor": picks["monitor"], "mode": node.get("mode") or picks["mode"]}
+    elif node.get("mode") is None:
+        node["mode"] = picks["mode"]
     try:
         return SweepSettings(**node)
     except TypeError as error:

@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from lmexp.contracts import StorageError
 from lmexp.job.train import train
+from lmexp.run import checkpoint as files
 from tests.runs import ROOT, TINY, assert_same, checkpoint, corpus, plan, run, scalars
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -181,3 +184,33 @@ def test_machines_must_agree_on_the_directory(tmp_path: Path) -> None:
     for done in two_nodes(args):
         assert done.returncode != 0
         assert "set paths.run_dir" in done.stderr
+
+
+@pytest.mark.parametrize("steps", [12, 13])
+def test_checkpoints_written_in_the_background_are_the_same(tmp_path: Path, steps: int) -> None:
+    options = ("model=llama", f"max_steps={steps}", "callback.checkpoint.every_steps=2", "callback.average.decay=0.9")
+    train(plan(*arguments(tmp_path, "front", *options)))
+    train(plan(*arguments(tmp_path, "back", *options, "callback.checkpoint.background=true")))
+    front, back = tmp_path / "front" / "checkpoints", tmp_path / "back" / "checkpoints"
+    names = sorted(p.name for p in front.iterdir())
+    assert sorted(p.name for p in back.iterdir()) == names
+    for name in names:
+        a, b = checkpoint(tmp_path / "front", name), checkpoint(tmp_path / "back", name)
+        for key in ("state_dict", "optimizer_states", "average", "TextData"):
+            assert_same(a[key], b[key], f"{name}/{key}")
+
+
+def test_a_write_in_the_background_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(content: Any, path: Path) -> None:
+        if path.name == "step-000000004.ckpt":
+            raise StorageError("the disk is full")
+        files.save(content, path)
+
+    monkeypatch.setattr("lmexp.callback.checkpoint.files", SimpleNamespace(**{**vars(files), "save": full}))
+    options = ("callback.checkpoint.every_steps=2", "callback.checkpoint.background=true", "callback.checkpoint.keep=9")
+    with pytest.raises(StorageError, match="the disk is full"):
+        train(plan(*arguments(tmp_path, "run", *options)))
+    assert checkpoint(tmp_path / "run")["lmexp"]["step"] == 2
+    monkeypatch.undo()
+    train(plan(*arguments(tmp_path, "run", *options, "resume=auto")))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == STEPS

@@ -70,7 +70,7 @@ def test_all_misfits_are_told_at_once() -> None:
         (["data.block_size=1"], 1, ["data.block_size=1"]),
         (["schedule=wsd", "schedule.decay=2.5"], 1, ["schedule.decay=2.5"]),
         (["schedule=wsd", "schedule.warmup=500", "schedule.decay=600"], 1, ["more than max_steps=1000"]),
-        (["trainer.strategy=fsdp"], 1, ["trainer.strategy=fsdp", "single or ddp"]),
+        (["trainer.strategy=zero"], 1, ["trainer.strategy=zero", "single, ddp or fsdp"]),
         (["callback.average.decay=2"], 1, ["callback.average.decay=2"]),
         (["callback.checkpoint.keep=null"], 1, ["callback.checkpoint.keep=None"]),
         (["callback.checkpoint=null"], 1, ["callback.checkpoint is missing"]),
