@@ -21,17 +21,17 @@ def main() -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from lmexp.job.errors import exit_code_of_errors
-    from lmexp.job.sweep import register_plugins, run_composed
+    from lmexp.job.start import register_plugins, start
     from lmexp.run.directory import new_run_id
 
     run_id = new_run_id()  # one for this command: the jobs of a sweep share its directory
     OmegaConf.register_new_resolver("lmexp_run_id", lambda: run_id)
-    register_plugins()
+    register_plugins(sys.argv)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def run(cfg: DictConfig) -> float | None:
         with exit_code_of_errors():  # here already: Hydra would add a line of its own to each error
-            return run_composed(cfg, run_id)
+            return start(cfg, run_id)
 
     with exit_code_of_errors(CONF):
         run()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lmexp.job.start import register_plugins
+
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
@@ -102,6 +104,7 @@ def targets() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("path", "target"), targets())
 def test_targets_exist_in_their_groups_package(path: str, target: str) -> None:
+    register_plugins()
     module, _, name = target.rpartition(".")
     assert hasattr(importlib.import_module(module), name)
     group = Path(path).parts[1]

@@ -18,8 +18,10 @@ examples
                                                              change the parts
   python run.py experiment=pretrain paths.run_dir=logs/mine resume=auto
                                                              go on with a run that was stopped, or start it
-  python run.py -m experiment=pretrain optimizer.lr=0.01,0.03 seed=1,2
-                                                             every combination, a run each
+  python run.py -m experiment=pretrain optimizer.lr=0.01,0.03 seeds=3
+                                                             every combination, a run each, three seeds of it
+  python run.py -m experiment=pretrain sweep=tpe 'optimizer.lr=tag(log,interval(1e-3,1e-1))'
+                                                             search
   python run.py job=evaluate ckpt=logs/mine job.split=test   measure a run
   python run.py job=generate ckpt=logs/mine 'job.prompt="The function returns"'
                                                              write with it
@@ -46,7 +48,7 @@ def print_help(conf: Path) -> None:
 
 def _page(conf: Path) -> list[str]:
     page = [_EXAMPLES]
-    groups = sorted(p.name for p in conf.iterdir() if p.is_dir())
+    groups = sorted({p.parent.name for p in conf.glob("*/*.yaml")})  # not those of Hydra itself
     for group in [*(g for g in _ORDER if g in groups), *(g for g in groups if g not in _ORDER)]:
         options = [(p.stem, _about(p)) for p in sorted((conf / group).glob("*.yaml")) if p.stem != "base"]
         page.append(f"{group}=")

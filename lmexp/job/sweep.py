@@ -8,7 +8,6 @@ left, and gives them to a launcher: `LmexpLauncher`, processes of this machine i
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmexp.contracts import Interrupted, UserError
 from lmexp.job.errors import ChildFailed
-from lmexp.job.launch import Ranks, device_count, launch
+from lmexp.job.launch import Ranks, device_count
 from lmexp.job.plan import Plan, choices_of, slug
 from lmexp.job.pool import Board, Job, Pool, record, retries_of, slots_for
 from lmexp.job.search import Interval, Search, Space, SweepSettings, check_space, settings_of
@@ -38,21 +37,9 @@ NOT_CONTENT = ("paths", "resume", "seeds", "sweep")
 """Keys that are no part of what a job computes."""
 
 
-def register_plugins() -> None:
-    """Let Hydra find the sweeper and the launcher of this module."""
-    folder = str(Path(__file__).parent / "plugins")
-    if folder not in sys.path:
-        sys.path.append(folder)
-
-
-def run_composed(cfg: DictConfig, run_id: str) -> float | None:
-    """What the entry does with a composed configuration: run it, and in a sweep of ours under another launcher keep
-    in the ledger how it ended."""
-    plan = Plan.freeze(cfg, run_id)
-    if cfg.seeds is not None:
-        raise UserError(f"seeds={cfg.seeds} is an axis of a sweep; start it with -m, or set seed.")
-    if cfg.sweep.key is None:
-        return launch(plan)
+def run_job(plan: Plan) -> float:
+    """Run a job of a sweep that another launcher started, and keep in the ledger how it ended; nan if not well."""
+    cfg = plan.config
     ledger = Ledger(cfg.sweep.dir)
     entry = ledger.read(cfg.sweep.key)
     assert entry is not None, "the sweeper writes it before it launches"

@@ -167,6 +167,20 @@ def test_a_sweep_grows_and_runs_only_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_over_submitit(tmp_path: Path) -> None:
+    """The launcher for SLURM, by its executor for the machine at hand; its jobs write into the same ledger."""
+    pytest.importorskip("submitit")
+    over = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", *planted(crash="[0.01,1]", nan="[9,9]"))
+    done = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02", *over))
+    assert done.returncode == 1, done.stderr
+    found = {e.point["optimizer.lr"]: e for e in Ledger(tmp_path / "sweep").entries()}
+    assert (found["0.01"].status, found["0.02"].status) == ("failed", "done")
+    assert "planted crash" in found["0.01"].said
+    here = sweep(*sweeping(tmp_path, "optimizer.lr=0.02", *over[2:]))
+    assert "1 jobs, 1 of them done already" in here.stdout
+
+
+@pytest.mark.slow
 def test_a_signal_stops_a_sweep_and_its_jobs_go_on(tmp_path: Path) -> None:
     args = sweeping(tmp_path, "optimizer.lr=0.01,0.02", "max_steps=4000", "sweep.slots=1")
     process = subprocess.Popen(

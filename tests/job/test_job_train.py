@@ -344,7 +344,7 @@ def test_multirun_gives_each_job_a_directory(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "logs" / "sweeps").iterdir()
-    jobs = sorted(p for p in sweep.iterdir() if p.is_dir())
+    jobs = sorted(p for p in sweep.iterdir() if (p / "checkpoints").is_dir())
     assert len(jobs) == 4
     seen = set()
     for job in jobs:

@@ -138,7 +138,7 @@ def test_run_ids_do_not_collide() -> None:
 
 def test_other_errors_of_the_disk_pass_through(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="odd"), disk_errors(tmp_path, "x"):
-        raise OSError(errno.EIO, "odd")
+        raise OSError(errno.EBUSY, "odd")
     write_atomically(tmp_path / "a", "text")
     assert (tmp_path / "a").read_text() == "text"
 
