@@ -25,6 +25,9 @@ from lmexp.callback.tracking import Tracking
 from lmexp.contracts import Interrupted, StorageError, UserError
 from lmexp.run import checkpoint as files
 
+_TWICE_S = 3.0
+"""A signal that comes again so soon is the same one: a scheduler may tell the launcher and the process."""
+
 _PACED = 5
 """Steps after which the pace of a run with `max_time` is known well enough to plan by."""
 
@@ -113,10 +116,12 @@ class Checkpoint(RunCallback):
         self.best_step: int | None = None
         self._files = CheckpointFiles()
         self._signal: int | None = None
+        self._signalled = 0.0
         self._handlers: dict[int, Any] = {}
         self._random: list[dict[str, Any]] = []
         self._votes: Any = None
         self._pace_from: tuple[int, float] | None = None
+        self._planned: int | None = None
 
     # ---- what happens at a step
 
@@ -125,6 +130,7 @@ class Checkpoint(RunCallback):
         assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles)
         self._files = trainer.strategy.checkpoint_io
         self._files.background = self.background
+        pl_module.planned_steps = self._planned if self.session.max_seconds is not None else None  # type: ignore[assignment]
         if self._random:
             if trainer.global_rank < len(self._random):
                 _set_random_state(self._random[trainer.global_rank])
@@ -172,7 +178,8 @@ class Checkpoint(RunCallback):
         left = torch.tensor((limit - now) / ((now - start) / (step - first)))
         if self._votes is not None:
             dist.broadcast(left, 0, group=self._votes)  # all use one clock
-        task.planned_steps = min(self.session.max_steps, max(step + 1, step + int(left.item())))
+        self._planned = min(self.session.max_steps, max(step + 1, step + int(left.item())))
+        task.planned_steps = self._planned
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -221,9 +228,11 @@ class Checkpoint(RunCallback):
     # ---- signals and votes
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is not None:  # a second one: at once
+        if self._signal is not None:  # a second one: at once, unless it is the same by another way
+            if number == self._signal and time.monotonic() - self._signalled < _TWICE_S:
+                return
             raise KeyboardInterrupt
-        self._signal = number
+        self._signal, self._signalled = number, time.monotonic()
         self.session.terminal.print(f"{signal.Signals(number).name}: saving at the end of this step.")
 
     def _agree(self, *flags: bool) -> tuple[bool, ...]:
@@ -260,6 +269,7 @@ class Checkpoint(RunCallback):
             **self.session.record,
             "format": files.FORMAT,
             "step": step,
+            "planned_steps": self._planned,
             "seconds": self.session.seconds,
             "stopped_early": self.session.stopped_early,
             "metrics": dict(self.session.metrics),
@@ -274,6 +284,7 @@ class Checkpoint(RunCallback):
         if best is not None and not best.exists():  # a later one took its place, and is damaged
             self.best_score = self.best_step = None
         self._random = entry["random"]
+        self._planned = entry.get("planned_steps")
 
 
 def _link_and_tidy(folder: Path, step: int, best: int | None, keep: int) -> None:

@@ -59,6 +59,7 @@ class Guard(RunCallback):
         self._log_average = 0.0
         self._seen = 0
         self._recent: list[float] = []
+        self._recorded = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer, self._task = trainer, pl_module
@@ -129,9 +130,11 @@ class Guard(RunCallback):
     def _record(self, batch: Batch, step: int, loss: float, norm: float, why: str) -> None:
         folder = self.session.directory.flight
         rank, world_size = self._trainer.global_rank, self._trainer.world_size
-        name = f"step-{step:09d}" + (f".rank{rank}" if rank else "")
+        back = f"-back{self.rolled_back}" if self.rolled_back else ""
+        name = f"step-{step:09d}{back}" + (f".rank{rank}" if rank else "")
         folder.mkdir(parents=True, exist_ok=True)
-        if len(list(folder.glob("step-*.json"))) >= _RECORDS * world_size:
+        self._recorded += 1
+        if self._recorded > _RECORDS:  # counted, not looked up: all devices must decide alike
             return
         data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
         first = data.samples_seen
@@ -167,7 +170,9 @@ class Guard(RunCallback):
         if not (directory.flight / name).exists():
             try:
                 os.link(directory.checkpoints / name, directory.flight / name)
-            except OSError:  # a file system without hard links
+            except OSError:  # a file system without hard links, or the file has just made way for a later one
+                if not (directory.checkpoints / name).exists():
+                    return None
                 shutil.copy2(directory.checkpoints / name, directory.flight / name)
         return name
 

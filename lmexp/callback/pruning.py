@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
 from lmexp.callback.base import RunCallback
+from lmexp.contracts import UserError
 
 
 class Pruning(RunCallback):
@@ -24,6 +25,11 @@ class Pruning(RunCallback):
         if trainer.state.fn != "fit":
             return
         behind = torch.zeros((), device=trainer.strategy.root_device)
+        if self.monitor not in self.session.metrics:
+            raise UserError(
+                f"sweep.monitor={self.monitor} is not measured at a validation; expected one of "
+                f"{', '.join(sorted(t for t in self.session.metrics if t.startswith('val/')))}."
+            )
         if self.trial is not None:
             self.trial.report(self.session.metrics[self.monitor], trainer.global_step)
             behind += self.trial.should_prune() and trainer.global_step < self.session.max_steps

@@ -10,8 +10,10 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import is_torchelastic_launched
 
 from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.contracts import Objective, UserError
@@ -153,6 +155,8 @@ def build_trainer(
     elif cfg.trainer.strategy == "fsdp":
         strategy = Sharded(world_size, "gloo" if accelerator == "cpu" else None)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
+    # lmexp or torchrun started the processes; Lightning would take those of a SLURM step for its own
+    own: list[Any] = [] if is_torchelastic_launched() else [LightningEnvironment()]
     trainer = Trainer(
         accelerator=accelerator,
         devices=here,
@@ -166,7 +170,7 @@ def build_trainer(
         num_sanity_val_steps=0,
         logger=logger,
         callbacks=callbacks,
-        plugins=[checkpoint_files],
+        plugins=[checkpoint_files, *own],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -32,6 +32,9 @@ _LEASH = "LMEXP_LEASH"
 HANDED_ON = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
 """Signals that go on to the processes of a job."""
 
+TWICE_S = 3.0
+"""A signal that comes again so soon is the same one, by another way: a scheduler may tell all processes at once."""
+
 _GRACE_S = 10.0
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -144,6 +147,7 @@ class Ranks:
         self._ends = os.pipe()
         self._shown = None if output is None else output.open("ab")
         self._failed_at: float | None = None
+        self._first_codes: list[int | None] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
             port = _free_port()
@@ -176,6 +180,7 @@ class Ranks:
         """Whether any runs still. Once one has failed, the others are given some seconds and then ended."""
         if self._failed_at is None and any(process.poll() for process in self.processes):
             self._failed_at = time.monotonic()
+            self._first_codes = [process.poll() for process in self.processes]
         if self._failed_at is not None and time.monotonic() - self._failed_at > _GRACE_S:
             for process in self.processes:
                 process.kill()
@@ -201,7 +206,10 @@ class Ranks:
         told = json.loads(self._result_file.read_text()) if self._result_file.exists() else {}
         if not code:
             return Outcome(0, told["metric"])
-        killed = [f"{rank} by signal {-c}" for rank, c in enumerate(codes) if c < 0]
+        # those that ended after the first had failed were brought down by it, or by this process
+        first = [c for c in self._first_codes if c]
+        killed = [f"{rank} by signal {-c}" for rank, c in enumerate(self._first_codes) if c is not None and c < 0]
+        killed = killed if len(killed) == len(first) else []
         said = str(told.get("said", ""))
         if killed and code == 1:
             said = f"a process was ended from outside (rank {', '.join(killed)})."

@@ -16,10 +16,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from lmexp.contracts import Interrupted, UserError
-from lmexp.job.launch import HANDED_ON, Outcome, Ranks, cores, device_count
+from lmexp.job.launch import HANDED_ON, TWICE_S, Outcome, Ranks, cores, device_count
 from lmexp.job.plan import Plan
 from lmexp.run.ledger import ENDED_WELL, Entry, Ledger
 from lmexp.run.terminal import clock
@@ -48,12 +49,15 @@ class Slot:
     gpus: tuple[str, ...] = ()
     """GPUs that are its own, as CUDA_VISIBLE_DEVICES names them; empty: no restriction."""
 
+    processes: int = 1
+    """Of a job, which share the cores."""
+
     @property
     def environment(self) -> dict[str, str]:
         """Variables for its jobs."""
         if self.gpus:
             return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
-        return {"OMP_NUM_THREADS": str(len(self.cores))} if self.cores else {}
+        return {"OMP_NUM_THREADS": str(max(1, len(self.cores) // self.processes))} if self.cores else {}
 
 
 def slots_for(plan: Plan, wanted: int | str, most: int | None) -> list[Slot]:
@@ -77,7 +81,7 @@ def slots_for(plan: Plan, wanted: int | str, most: int | None) -> list[Slot]:
     if count == 1 or count > len(available):
         return [Slot() for _ in range(count)]
     share = len(available) // count
-    return [Slot(cores=frozenset(available[n * share : (n + 1) * share])) for n in range(count)]
+    return [Slot(frozenset(available[n * share : (n + 1) * share]), processes=per_job) for n in range(count)]
 
 
 def _gpus(plan: Plan) -> list[str]:
@@ -101,6 +105,7 @@ class Pool:
         self.retries = retries_of(on_fail)
         self.signal: int | None = None
         self._closing = False
+        self._signalled = 0.0
 
     def run(self, source: Callable[[], Job | None], ended: Callable[[Entry], None]) -> None:
         """`source` gives the next job, or None when there is none left; `ended` is told of each that has ended.
@@ -113,7 +118,7 @@ class Pool:
             with self.board:
                 while True:
                     while free and not self._closing and (job := source()) is not None:
-                        self._start(job, free, running)
+                        self._start(job, free, running, ended)
                     if not running:
                         break
                     time.sleep(0.05)
@@ -132,7 +137,14 @@ class Pool:
                 f"with the same command and hydra.sweep.dir={self.ledger.sweep_dir}"
             )
 
-    def _start(self, job: Job, free: list[Slot], running: list[_Running], again: int = 0) -> None:
+    def _start(
+        self,
+        job: Job,
+        free: list[Slot],
+        running: list[_Running],
+        ended: Callable[[Entry], None],
+        again: int = 0,
+    ) -> None:
         stack = ExitStack()
         if not stack.enter_context(self.ledger.held(job.entry.key)):
             stack.close()
@@ -140,6 +152,14 @@ class Pool:
             return
         slot = free.pop(0)
         entry = job.entry
+        known = self.ledger.read_file(entry.key)
+        if known is not None and known.status in ENDED_WELL and not again:  # another process has done it meanwhile
+            entry.__dict__.update(known.__dict__)
+            free.append(slot)
+            stack.close()
+            self.board.say(entry)
+            ended(entry)
+            return
         entry.status, entry.said, entry.attempts = "running", "", entry.attempts + 1
         self.ledger.write(entry)
         ranks = Ranks(job.plan, device_count(job.plan), slot.environment, self.ledger.console(entry.key))
@@ -147,11 +167,13 @@ class Pool:
         for process in ranks.processes if slot.cores and hasattr(os, "sched_setaffinity") else ():
             os.sched_setaffinity(process.pid, slot.cores)  # before it has made threads
         running.append(_Running(job, slot, ranks, stack, again))
+        if self.signal is not None:  # it came while this one was being started
+            ranks.send(self.signal)
         self.board.say(entry)
 
     def _end(self, one: _Running, free: list[Slot], running: list[_Running], ended: Callable[[Entry], None]) -> None:
         entry = one.job.entry
-        record(entry, one.ranks.outcome(), time.monotonic() - one.started, self._closing)
+        record(entry, one.ranks.outcome(), time.monotonic() - one.started, self.signal is not None)
         self.ledger.write(entry)
         one.close()
         running.remove(one)
@@ -159,8 +181,8 @@ class Pool:
         self.board.say(entry)
         if entry.status in ENDED_WELL or entry.status == "stopped":
             ended(entry)
-        elif one.again < self.retries and not self._closing:
-            self._start(one.job, free, running, one.again + 1)
+        elif one.again < self.retries and not self._closing and entry.status != "diverged":  # that would do the same
+            self._start(one.job, free, running, ended, one.again + 1)
         else:
             self._closing |= self.stops
             ended(entry)
@@ -168,8 +190,10 @@ class Pool:
     def _on_signal(self, running: list[_Running]) -> Callable[[int, Any], None]:
         def handle(number: int, frame: Any) -> None:
             if self.signal is not None:
+                if number == self.signal and time.monotonic() - self._signalled < TWICE_S:
+                    return
                 raise KeyboardInterrupt
-            self.signal, self._closing = number, True
+            self.signal, self._closing, self._signalled = number, True, time.monotonic()
             for one in running:
                 one.ranks.send(number)
 
@@ -199,8 +223,8 @@ def retries_of(on_fail: str) -> int:
     raise UserError(f"sweep.on_fail={on_fail}; expected continue, stop or retry:N, such as retry:2.")
 
 
-def record(entry: Entry, outcome: Outcome, seconds: float, closing: bool = False) -> None:
-    """Put into a job's entry how it ended; `closing`: it was told to."""
+def record(entry: Entry, outcome: Outcome, seconds: float, stopping: bool = False) -> None:
+    """Put into a job's entry how it ended; `stopping`: it was told to."""
     entry.seconds += seconds
     entry.said = " ".join(outcome.said.split())[:500]
     if outcome.code == 0:
@@ -208,7 +232,7 @@ def record(entry: Entry, outcome: Outcome, seconds: float, closing: bool = False
         found = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
         entry.metrics = found or ({} if outcome.metric is None else {"metric": outcome.metric})
         entry.status = "pruned" if entry.metrics.get("pruned") else "done"
-    elif outcome.kind == "interrupted" or (closing and outcome.kind == "killed"):
+    elif outcome.kind == "interrupted" or (stopping and outcome.kind == "killed"):
         entry.status = "stopped"
     else:
         entry.status = {"diverged": "diverged", "killed": "killed"}.get(outcome.kind, "failed")  # type: ignore[assignment]
@@ -265,7 +289,7 @@ class Board:
         told = ", ".join(f"{n} {status}" for status, n in counts.items())
         title = f"{self.total or len(known)} jobs: {told}; {clock(time.monotonic() - self._begun)}"
         table = Table(title=title, title_justify="left")
-        for column in ("job", "status", "step", self.monitor, "time"):
+        for column in ("job", "status", "step", escape(self.monitor), "time"):
             table.add_column(column, justify="left" if column in ("job", "status") else "right")
         first = [e for e in known if e.status == "running"]
         last = [e for e in known if e.status not in ("running", "waiting")]
@@ -276,7 +300,7 @@ class Board:
             value = progress.get(self.monitor) or entry.metrics.get(self.monitor)
             step = f"{progress['step']}/{progress['of']}" if progress else f"{entry.metrics.get('steps', 0):.0f}"
             status = f"[{_STYLES.get(entry.status, 'red')}]{entry.status}[/]"
-            cells = (name_of(entry), status, step if entry.status != "waiting" else "")
+            cells = (escape(name_of(entry)), status, step if entry.status != "waiting" else "")
             table.add_row(*cells, "" if value is None else f"{value:.5g}", clock(entry.seconds))
         if len(known) > len(shown):
             table.caption = f"and {len(known) - len(shown)} more"

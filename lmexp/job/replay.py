@@ -76,7 +76,10 @@ def _record_file(plan: Plan) -> Path:
     flight = RunDirectory(Path(plan.config.ckpt)).flight
     records = sorted(p for p in flight.glob("step-*.json") if ".rank" not in p.name)
     if not records:
-        raise UserError(f"ckpt={plan.config.ckpt}: {flight} holds no record; nothing went wrong there.")
+        raise UserError(
+            f"ckpt={plan.config.ckpt}: {flight} holds no record. (On GPUs, with callback.guard.policy=raise and no "
+            "spike, bad steps are found too late for one; go on with resume=auto callback.guard.policy=skip to get it.)"
+        )
     return records[-1]
 
 

@@ -85,6 +85,8 @@ def settings_of(config: DictConfig) -> SweepSettings:
     if node.get("monitor") is None:
         node |= {"monitor": picks["monitor"], "mode": node.get("mode") or picks["mode"]}
     elif node.get("mode") is None:
+        if node["monitor"] != picks["monitor"]:
+            raise UserError(f"sweep.monitor={node['monitor']} needs sweep.mode: whether min or max is better.")
         node["mode"] = picks["mode"]
     try:
         return SweepSettings(**node)
@@ -169,11 +171,32 @@ def check_space(settings: SweepSettings, space: Space) -> None:
 class Search:
     """Says which values to try, and learns what came of them."""
 
-    def __init__(self, settings: SweepSettings, sweep_dir: Path, space: Space, several: bool) -> None:
-        """`several`: jobs run beside one another, so that those under way should be kept away from."""
+    def __init__(
+        self,
+        settings: SweepSettings,
+        sweep_dir: Path,
+        space: Space,
+        several: bool,
+        fixed: Mapping[str, str] | None = None,
+    ) -> None:
+        """`several`: jobs run beside one another, so that those under way should be kept away from. `fixed`: what all trials have in common."""
         self.settings, self.sweep_dir, self.space, self.several = settings, sweep_dir, space, several
         self.study = connect(settings, sweep_dir, create=True)
+        self._refuse_another({key: str(values) for key, values in space.items()} | dict(fixed or {}))
         self._grid = _combinations(space) if settings.method == "grid" else []
+
+    def _refuse_another(self, asked: dict[str, str]) -> None:
+        """Raise `UserError` if the study was begun for other trials than these."""
+        before = self.study.user_attrs.get("asked")
+        if before is None:
+            self.study.set_user_attr("asked", asked)
+        elif before != asked:
+            keys = [key for key in sorted(before | asked) if before.get(key) != asked.get(key)]
+            told = "; ".join(f"{key}: was {before.get(key)}, now {asked.get(key)}" for key in keys)
+            raise UserError(
+                f"{self.sweep_dir} holds a search of something else ({told}). What was tried there does not count in "
+                "this one: set it as it was, or begin another sweep."
+            )
 
     @property
     def total(self) -> int:
@@ -182,7 +205,11 @@ class Search:
 
     def unfinished(self) -> list[tuple[int, dict[str, str]]]:
         """Trials that were begun and not told of: number and values."""
-        return [(t.number, self._values(t.params)) for t in self._trials() if not t.state.is_finished() and t.params]
+        found = []
+        for t in self._trials():
+            if not t.state.is_finished() and len(t.params) == len(self.space):
+                found.append((t.number, self._values(t.params)))
+        return found
 
     def next(self) -> tuple[int, dict[str, str]] | None:
         """A new trial's number and values; None if all have been given out."""
@@ -192,7 +219,7 @@ class Search:
             trials = self._trials()
             number = len(trials)
             if self.settings.method == "grid":
-                tried = [self._values(t.params) for t in trials]
+                tried = [self._values(t.params) for t in trials if t.state.name != "FAIL"]
                 left = [values for values in self._grid if values not in tried]
                 if not left:
                     return None

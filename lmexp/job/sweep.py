@@ -8,6 +8,7 @@ left, and gives them to a launcher: `LmexpLauncher`, processes of this machine i
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,7 +74,9 @@ class Jobs:
         del content["hydra"]
         cfg = OmegaConf.create(content)
         sweep_dir = self.ledger.sweep_dir
-        plain = cast(dict[str, Any], OmegaConf.to_container(Plan.of(cfg.copy(), choices, [], True).config))
+        resolved = cfg.copy()
+        resolved.paths = dict.fromkeys(cfg.paths)  # where things lie makes no other job
+        plain = cast(dict[str, Any], OmegaConf.to_container(Plan.of(resolved, choices, [], True).config))
         for name in (*NOT_CONTENT, *HOW):
             *parents, last = name.split(".")
             node = plain
@@ -149,7 +152,7 @@ class LmexpSweeper(Sweeper):
         self.context, self.config = hydra_context, config
         # resolved here, once: another process would find another identifier
         OmegaConf.set_readonly(config, False)
-        config.hydra.sweep.dir = str(config.hydra.sweep.dir)
+        config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir).absolute())
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -158,6 +161,8 @@ class LmexpSweeper(Sweeper):
         """Run what is left of the sweep; prints the table of all of it."""
         from lmexp.job.sweep_report import report
 
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("-m with torchrun: each process would run the sweep. Start -m alone; jobs start their own.")
         settings = settings_of(self.config)
         retries_of(settings.on_fail)
         fixed, space = self._parse(arguments, settings)
@@ -165,6 +170,7 @@ class LmexpSweeper(Sweeper):
         ledger = Ledger(self.config.hydra.sweep.dir)
         jobs = Jobs(self.context, self.config, ledger)
         seeds = seeds_of(self.config, space)
+        self.ours: set[str] | None = None  # the jobs of this call; None: all
         searching = settings.method != "grid" or settings.pruner is not None
         if searching and len(seeds or ()) > 1:
             raise UserError(
@@ -180,8 +186,8 @@ class LmexpSweeper(Sweeper):
                 ended = self._grid(settings, fixed, space, ledger, jobs)
         finally:
             if ledger.exists():
-                report(ledger, settings)
-        wrong = [entry for entry in ended if entry.status not in ENDED_WELL]
+                report(ledger, settings, self.ours)
+        wrong = [entry for entry in ended if entry.status in ("failed", "diverged", "killed")]
         if wrong:
             print(
                 f"{len(wrong)} of the jobs failed; what each printed: {ledger.path}/*.log. Run them again by the "
@@ -196,16 +202,20 @@ class LmexpSweeper(Sweeper):
         made = [jobs.make([*fixed, *(f"{k}={v}" for k, v in point.items())], point) for point in points]
         by_key = {job.entry.key: job for job in made}  # two points may be the same job
         left = sum(job.entry.status not in ENDED_WELL for job in by_key.values())
-        slots_for(made[0].plan, settings.slots, left)  # errors before anything is begun
-        self._begin(ledger, settings, [*fixed, *(f"{k}={','.join(v)}" for k, v in listed.items())])
+        sample = max((job.plan for job in made), key=device_count)
+        if isinstance(self.launcher, LmexpLauncher):
+            slots_for(sample, settings.slots, left)  # errors before anything is begun
+        self._begin(ledger, settings, fixed, [f"{k}={','.join(v)}" for k, v in listed.items()])
+        self.ours = set(by_key)
         for job in by_key.values():
-            ledger.write(job.entry)
+            if ledger.read(job.entry.key) is None or job.entry.status == "waiting":
+                ledger.write(job.entry)
         waiting = iter([job for job in by_key.values() if job.entry.status not in ENDED_WELL])
         print(f"Sweep: {len(by_key)} jobs, {len(by_key) - left} of them done already, in {ledger.sweep_dir}")
         if left:
             known = {job.entry.key: job.entry for job in by_key.values()}
             board = Board(lambda: list(known.values()), len(known), settings.monitors[0])
-            self._run(settings, lambda: next(waiting, None), lambda entry: None, ledger, jobs, board, made[0], left)
+            self._run(settings, lambda: next(waiting, None), lambda entry: None, ledger, jobs, board, sample, left)
         return [ledger.read(key) or by_key[key].entry for key in by_key]
 
     def _search(
@@ -213,15 +223,23 @@ class LmexpSweeper(Sweeper):
     ) -> list[Entry]:
         sample = {k: v[0] if not isinstance(v, Interval) else v.text(v.low) for k, v in space.items()}
         first = jobs.make([*fixed, *(f"{k}={v}" for k, v in sample.items())], sample)  # errors before anything is begun
-        slots = len(slots_for(first.plan, settings.slots, settings.trials))
-        self._begin(ledger, settings, [*fixed, *(f"{k}={v}" for k, v in space.items())])
-        search = Search(settings, ledger.sweep_dir, space, several=slots > 1)
+        if isinstance(self.launcher, LmexpLauncher):
+            slots = len(slots_for(first.plan, settings.slots, settings.trials))
+        elif settings.slots == "auto":
+            raise UserError("A search over another launcher needs sweep.slots, the number of trials to run at a time.")
+        else:
+            slots = int(settings.slots)
+        self._begin(ledger, settings, fixed, [f"{k}={v}" for k, v in space.items()])
+        common = dict(o.lstrip("+").split("=", 1) for o in fixed if not o.lstrip("+").startswith((*HOW, *NOT_CONTENT)))
+        search = Search(settings, ledger.sweep_dir, space, slots > 1, common)
         known: dict[int, Entry] = {e.trial: e for e in ledger.entries() if e.trial is not None}
         again = iter(search.unfinished())
+        run: list[Entry] = []  # in this call
 
         def ended(entry: Entry) -> None:
-            if entry.status == "stopped":
-                return  # the trial goes on with the next call
+            if entry.status in ("stopped", "running"):
+                return  # the trial goes on with the next call, or in another process
+            run.append(entry)
             found = [entry.metrics.get(name) for name in settings.monitors]
             values = None if any(v is None for v in found) or entry.status != "done" else cast(list[float], found)
             assert entry.trial is not None
@@ -248,8 +266,8 @@ class LmexpSweeper(Sweeper):
                 return job
 
         board = Board(lambda: list(known.values()), search.total, settings.monitors[0])
-        self._run(settings, source, ended, ledger, jobs, board, first, slots)
-        return [entry for entry in known.values() if entry.status != "stopped"]
+        self._run(settings, source, ended, ledger, jobs, board, first.plan, slots)
+        return run
 
     def _run(
         self,
@@ -259,11 +277,11 @@ class LmexpSweeper(Sweeper):
         ledger: Ledger,
         jobs: Jobs,
         board: Board,
-        sample: Job,
+        sample: Plan,
         most: int,
     ) -> None:
         if isinstance(self.launcher, LmexpLauncher):
-            slots = slots_for(sample.plan, settings.slots, most)
+            slots = slots_for(sample, settings.slots, most)
             print(f"{len(slots)} at a time.", flush=True)
             Pool(slots, ledger, settings.on_fail, board).run(source, ended)
             return
@@ -273,12 +291,16 @@ class LmexpSweeper(Sweeper):
             batch = [job for job in (source() for _ in range(count)) if job is not None]
             if not batch:
                 return
-            returns = self.launcher.launch([jobs.handed_over(job) for job in batch], started)
+            said = "its launcher started it and it never wrote into the ledger"
+            try:
+                self.launcher.launch([jobs.handed_over(job) for job in batch], started)
+            except Exception as error:  # of one job that was lost, by any library; the ledger knows the others
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
             started += len(batch)
-            for job, told in zip(batch, returns, strict=True):
+            for job in batch:
                 entry = ledger.read(job.entry.key) or job.entry
-                if entry.status == "waiting":  # it never got as far as the ledger
-                    entry.status, entry.said = "failed", str(told._return_value)[:500]
+                if entry.status == "waiting":
+                    entry.status, entry.said = "failed", said[:500]
                     ledger.write(entry)
                 job.entry.__dict__.update(entry.__dict__)
                 board.say(entry)
@@ -313,14 +335,14 @@ class LmexpSweeper(Sweeper):
                 fixed[key] = f"{key}={override.get_value_element_as_str()}"
         return list(fixed.values()), space
 
-    def _begin(self, ledger: Ledger, settings: SweepSettings, overrides: list[str]) -> None:
-        """Keep what the sweep is asked for, for reports."""
+    def _begin(self, ledger: Ledger, settings: SweepSettings, fixed: list[str], varied: list[str]) -> None:
+        """Keep what the sweep is asked for, for reports and for later calls."""
         ledger.sweep_dir.mkdir(parents=True, exist_ok=True)
         asked = {
             "method": settings.method,
             "monitor": list(settings.monitors),
             "mode": list(settings.modes),
-            "overrides": overrides,
+            "overrides": [*fixed, *varied],
         }
         write_atomically(ledger.sweep_dir / "sweep.yaml", OmegaConf.to_yaml(OmegaConf.create(asked)))
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lmexp.contracts import UserError
 from lmexp.job.plan import Plan
 from lmexp.job.search import SweepSettings, front
-from lmexp.run.directory import write_atomically
+from lmexp.run.directory import write_atomically, write_json
 from lmexp.run.ledger import Entry, Ledger
 
 if TYPE_CHECKING:
@@ -109,14 +111,16 @@ def sweep_report(plan: Plan) -> float:
     return groups[0].mean if groups else math.nan
 
 
-def report(ledger: Ledger, settings: SweepSettings) -> None:
-    """Report on a sweep of these settings."""
+def report(ledger: Ledger, settings: SweepSettings, keys: Collection[str] | None) -> None:
+    """Report on the jobs of these keys (None: all) of a sweep; kept for `job=sweep_report`."""
+    if keys is not None:
+        write_json(ledger.sweep_dir / "jobs.json", {"keys": sorted(keys)})
     report_on(ledger, settings.monitors, settings.modes)
 
 
 def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> list[Group]:
     """Print the tables; write report.csv, parallel.png and TensorBoard's page of the sweep. Returns its points."""
-    entries = ledger.entries()
+    entries = _of_last_call(ledger)
     console = Console(highlight=False, width=None)
     groups = groups_of(entries, monitors[0], modes[0])
     tables = [_table(groups, monitors, modes, len({e.seed for e in entries}) > 1)]
@@ -135,12 +139,21 @@ def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> 
     if done:
         sign = 1 if modes[0] == "min" else -1
         best = min(done, key=lambda e: sign * e.metrics[monitors[0]])
-        console.print(f"Best run: {best.run_dir} ({monitors[0]} {best.metrics[monitors[0]]:.5g})", soft_wrap=True)
+        console.print(
+            f"Best run: {escape(best.run_dir)} ({monitors[0]} {best.metrics[monitors[0]]:.5g})", soft_wrap=True
+        )
     console.print(
         f"Kept in {ledger.sweep_dir}: report.csv{pictures}.\nLook at it:    tensorboard --logdir {ledger.sweep_dir}",
         soft_wrap=True,
     )
     return groups
+
+
+def _of_last_call(ledger: Ledger) -> list[Entry]:
+    """The jobs that the sweep was last asked for; an earlier grid's others, with other settings, do not belong."""
+    path = ledger.sweep_dir / "jobs.json"
+    keys = set(json.loads(path.read_text(encoding="utf-8"))["keys"]) if path.exists() else None
+    return [e for e in ledger.entries() if keys is None or e.key in keys]
 
 
 def _keys(groups: Sequence[Group]) -> list[str]:
@@ -172,7 +185,7 @@ def _table(groups: Sequence[Group], monitors: Sequence[str], modes: Sequence[str
             best_of_all[n] = is_on
         table.caption = "bold: on the Pareto front, no other is better in one without being worse in another"
     for group, best in zip(groups, best_of_all, strict=True):
-        cells = [group.point.get(key, "") for key in keys]
+        cells = [escape(group.point.get(key, "")) for key in keys]
         if seeds:
             cells += [_number(group.mean), _number(group.half_width), str(len(group.values))]
         else:
@@ -191,7 +204,7 @@ def _values(group: Group, monitors: Sequence[str]) -> list[float] | None:
 def _comparisons(groups: Sequence[Group], monitor: str) -> Table:
     best = groups[0]
     name = ", ".join(f"{k}={v}" for k, v in best.point.items()) or "the best"
-    table = Table(title=f"Against {name}, seed by seed", title_justify="left")
+    table = Table(title=f"Against {escape(name)}, seed by seed", title_justify="left")
     for column in ("other", f"difference of {monitor}", "± 95 %", "seeds", ""):
         table.add_column(column, justify="left" if column in ("other", "") else "right")
     for other in groups[1:]:
@@ -199,7 +212,7 @@ def _comparisons(groups: Sequence[Group], monitor: str) -> Table:
         if n:
             clear = "" if math.isnan(half) else "differs" if abs(difference) > half else "may be chance"
             label = ", ".join(f"{k}={v}" for k, v in other.point.items())
-            table.add_row(label, f"{difference:+.5g}", _number(half), str(n), clear)
+            table.add_row(escape(label), f"{difference:+.5g}", _number(half), str(n), clear)
     return table
 
 
@@ -210,7 +223,7 @@ def _others(entries: Sequence[Entry]) -> Table:
     for entry in entries:
         if entry.status not in ("done", "pruned"):
             point = ", ".join(f"{k}={v}" for k, v in entry.point.items())
-            table.add_row(point, entry.status, str(entry.attempts), entry.said[:300])
+            table.add_row(escape(point), entry.status, str(entry.attempts), escape(entry.said[:300]))
     return table
 
 

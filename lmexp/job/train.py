@@ -87,8 +87,13 @@ def train(plan: Plan) -> float:
                 return train_in(plan, parts, directory, terminal, rank, world_size, backs)
             except Rollback as back:
                 terminal.print(f"Going back to the last checkpoint, {back.why}; on with sample {back.next_sample}.")
-                backs.append(back)
-                parts = check(cfg, world_size)
+                # without its frames, which hold the model; and all ranks after the writer of the last checkpoint
+                backs.append(Rollback(back.step, back.next_sample, back.why))
+            gc.unfreeze()
+            gc.collect()
+            if dist.is_initialized():
+                dist.barrier()
+            parts = check(cfg, world_size)
 
 
 def train_in(
@@ -152,7 +157,7 @@ def train_in(
         session.steps_before, session.seconds_before = entry["step"], entry["seconds"]
         session.metrics |= entry["metrics"]
     if backs:
-        session.metrics["guard/rolled_back"] = len(backs)
+        session.metrics["guard/rolled_back"] = session.metrics.get("guard/rolled_back", 0) + len(backs)
     if rank == 0:
         if goes_on:
             events.keep_until(directory.path, session.steps_before if entry is not None else -1)

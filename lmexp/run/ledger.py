@@ -90,7 +90,19 @@ class Ledger:
             ) from error
         entry.run_dir = str(self.sweep_dir / Path(entry.run_dir).name)  # the sweep's directory may have been moved
         if entry.status == "running" and not self.is_held(key):
+            if json.loads(path.read_text(encoding="utf-8"))["status"] != "running":
+                return self.read(key)  # it ended between the two looks
             entry.status, entry.said = "killed", "ended together with what ran the sweep"
+        return entry
+
+    def read_file(self, key: str) -> Entry | None:
+        """The same for whoever holds the job: just what the file says."""
+        path = self.path / f"{key}.json"
+        if not path.exists():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entry = Entry(**{f.name: content[f.name] for f in fields(Entry) if f.name in content})
+        entry.run_dir = str(self.sweep_dir / Path(entry.run_dir).name)
         return entry
 
     def entries(self) -> list[Entry]:
@@ -132,5 +144,11 @@ class Ledger:
 
 def key_of(content: Any) -> str:
     """Ten hex digits of what a job computes."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(_with_text_keys(content), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _with_text_keys(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(key): _with_text_keys(value) for key, value in node.items()}
+    return [_with_text_keys(value) for value in node] if isinstance(node, list) else node

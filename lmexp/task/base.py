@@ -137,7 +137,7 @@ class BaseTask(LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         step = self.trainer.global_step
-        factor = self.schedule(step, self.planned_steps or self.max_steps)
+        factor = self._factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -168,6 +168,12 @@ class BaseTask(LightningModule):
         read = torch.as_tensor(tokens_read(batch), dtype=torch.float32, device=self.device)
         measured = (total, batch["n_bytes"].sum().float(), read, count.float(), norm)
         self._ring[step % self.log_every] = torch.stack(measured)
+
+    def _factor(self, step: int) -> float:
+        """The schedule's, or its end moved to where the time ends, its spans in steps shortened alike."""
+        if self.planned_steps is None:
+            return self.schedule(step, self.max_steps)
+        return self.schedule(min(self.max_steps - 1, step * self.max_steps // self.planned_steps), self.max_steps)
 
     def _no_sync(self) -> Any:
         """Gradients of all but the last micro-batch stay on their device."""

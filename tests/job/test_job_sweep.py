@@ -41,16 +41,17 @@ def sweeping(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def planted(*, crash: str, nan: str) -> list[str]:
-    return [f"+callback.planted={{_target_: planted.Planted, crash: {crash}, nan: {nan}}}"]
+def planted(*, crash: str, spoil: str) -> list[str]:
+    return [f"+callback.planted={{_target_: planted.Planted, crash: {crash}, spoil: {spoil}}}"]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE}"}
+def environment(arguments: tuple[str, ...] | list[str]) -> dict[str, str]:
+    folder = next((Path(a.split("=", 1)[1]).parent for a in arguments if a.startswith("hydra.sweep.dir=")), "")
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE}", "TEST_FOLDER": str(folder)}
 
 
 def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=500)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(arguments), timeout=500)
 
 
 def entries(folder: Path) -> dict[tuple[str, ...], Entry]:
@@ -58,16 +59,14 @@ def entries(folder: Path) -> dict[tuple[str, ...], Entry]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of processes that have to do with a folder."""
+    """Command lines of processes that were started for a test with this folder."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode()
-            cwd = os.readlink(path.with_name("environ").with_name("cwd"))
+            if f"TEST_FOLDER={folder}".encode() in path.read_bytes():
+                found.append(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-        if str(folder) in line or str(folder) in cwd or "lmexp.job.launch" in line:
-            found.append(line)
     return found
 
 
@@ -80,12 +79,16 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, devices: int) -> None:
         "optimizer.lr=0.01,0.02",
         "model.n_layers=1,2",
         "seeds=3",
-        *planted(crash="[0.01,2]", nan="[0.02,3]"),
+        *planted(crash="[0.01,2]", spoil="[0.02,3]"),
         *(["trainer=ddp_sim", "trainer.devices=2"] if devices == 2 else []),
     )
     before = dict(os.environ)
     first = subprocess.Popen(
-        command(*args), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(*args),
+        env=environment(args),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     ledger = Ledger(tmp_path / "sweep")
     while sum(e.status == "done" for e in ledger.entries() if ledger.exists()) < 3:
@@ -170,7 +173,7 @@ def test_a_sweep_grows_and_runs_only_what_is_missing(tmp_path: Path) -> None:
 def test_a_sweep_over_submitit(tmp_path: Path) -> None:
     """The launcher for SLURM, by its executor for the machine at hand; its jobs write into the same ledger."""
     pytest.importorskip("submitit")
-    over = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", *planted(crash="[0.01,1]", nan="[9,9]"))
+    over = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", *planted(crash="[0.01,1]", spoil="[9,9]"))
     done = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02", *over))
     assert done.returncode == 1, done.stderr
     found = {e.point["optimizer.lr"]: e for e in Ledger(tmp_path / "sweep").entries()}
@@ -184,7 +187,7 @@ def test_a_sweep_over_submitit(tmp_path: Path) -> None:
 def test_a_signal_stops_a_sweep_and_its_jobs_go_on(tmp_path: Path) -> None:
     args = sweeping(tmp_path, "optimizer.lr=0.01,0.02", "max_steps=4000", "sweep.slots=1")
     process = subprocess.Popen(
-        command(*args), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*args), env=environment(args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     while not list((tmp_path / "sweep").glob("*/checkpoints/*.ckpt")):
         assert process.poll() is None
@@ -200,7 +203,7 @@ def test_a_signal_stops_a_sweep_and_its_jobs_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_stop_and_retry(tmp_path: Path) -> None:
-    one = ("optimizer.lr=0.01,0.02", "sweep.slots=1", *planted(crash="[0.01,1]", nan="[9,9]"))
+    one = ("optimizer.lr=0.01,0.02", "sweep.slots=1", *planted(crash="[0.01,1]", spoil="[9,9]"))
     stopped = sweep(*sweeping(tmp_path, *one, "sweep.on_fail=stop"))
     assert stopped.returncode == 1
     assert [e.status for e in Ledger(tmp_path / "sweep").entries()] == ["failed", "waiting"]
