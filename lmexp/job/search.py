@@ -179,7 +179,8 @@ class Search:
         several: bool,
         fixed: Mapping[str, str] | None = None,
     ) -> None:
-        """`several`: jobs run beside one another, so that those under way should be kept away from. `fixed`: what all trials have in common."""
+        """`several`: jobs run beside one another, so that those under way should be kept
+        away from. `fixed`: what all trials have in common."""
         self.settings, self.sweep_dir, self.space, self.several = settings, sweep_dir, space, several
         self.study = connect(settings, sweep_dir, create=True)
         self._refuse_another({key: str(values) for key, values in space.items()} | dict(fixed or {}))
