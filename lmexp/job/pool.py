@@ -125,7 +125,7 @@ class Pool:
                     for one in list(running):
                         if not one.ranks.running():
                             self._end(one, free, running, ended)
-                    self.board.update([one.job.entry for one in running])
+                    self.board.update({one.job.entry.key: time.monotonic() - one.started for one in running})
         finally:
             for one in running:
                 one.close()
@@ -276,14 +276,14 @@ class Board:
         self.console.print(f"{place} {name_of(entry)}: {told}", markup=False, soft_wrap=True)
         sys.stdout.flush()
 
-    def update(self, running: list[Entry]) -> None:
-        """Draw the table anew, at most twice a second."""
+    def update(self, running: dict[str, float]) -> None:
+        """Draw the table anew, at most twice a second. `running`: key -> seconds since it was started."""
         if self._live is None or time.monotonic() - self._drawn < 0.5:
             return
         self._drawn = time.monotonic()
         self._live.update(self._table(running), refresh=True)
 
-    def _table(self, running: list[Entry]) -> Table:
+    def _table(self, running: dict[str, float]) -> Table:
         known = self.entries()
         counts = Counter(entry.status for entry in known)
         told = ", ".join(f"{n} {status}" for status, n in counts.items())
@@ -301,7 +301,9 @@ class Board:
             step = f"{progress['step']}/{progress['of']}" if progress else f"{entry.metrics.get('steps', 0):.0f}"
             status = f"[{_STYLES.get(entry.status, 'red')}]{entry.status}[/]"
             cells = (escape(name_of(entry)), status, step if entry.status != "waiting" else "")
-            table.add_row(*cells, "" if value is None else f"{value:.5g}", clock(entry.seconds))
+            table.add_row(
+                *cells, "" if value is None else f"{value:.5g}", clock(entry.seconds + running.get(entry.key, 0))
+            )
         if len(known) > len(shown):
             table.caption = f"and {len(known) - len(shown)} more"
         return table
