@@ -226,6 +226,7 @@ def retries_of(on_fail: str) -> int:
 def record(entry: Entry, outcome: Outcome, seconds: float, stopping: bool = False) -> None:
     """Put into a job's entry how it ended; `stopping`: it was told to."""
     entry.seconds += seconds
+    entry.code = outcome.code
     entry.said = " ".join(outcome.said.split())[:500]
     if outcome.code == 0:
         metrics = Path(entry.run_dir) / "metrics.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from lmexp.contracts import Interrupted, UserError
-from lmexp.job.errors import ChildFailed
+from lmexp.job.errors import USER_ERROR, ChildFailed
 from lmexp.job.launch import Ranks, device_count
 from lmexp.job.plan import Plan, choices_of, slug
-from lmexp.job.pool import Board, Job, Pool, record, retries_of, slots_for
+from lmexp.job.pool import Board, Job, Pool, name_of, record, retries_of, slots_for
 from lmexp.job.search import Interval, Search, Space, SweepSettings, check_space, settings_of
 from lmexp.run.directory import write_atomically
 from lmexp.run.ledger import ENDED_WELL, Entry, Ledger, key_of
@@ -189,11 +190,13 @@ class LmexpSweeper(Sweeper):
                 report(ledger, settings, self.ours)
         wrong = [entry for entry in ended if entry.status in ("failed", "diverged", "killed")]
         if wrong:
+            told = "".join(f"\n  {name_of(entry)}: {entry.status}: {entry.said}" for entry in wrong[:10])
             print(
-                f"{len(wrong)} of the jobs failed; what each printed: {ledger.path}/*.log. Run them again by the "
-                f"same command and hydra.sweep.dir={ledger.sweep_dir}"
+                f"Error: {len(wrong)} of the sweep's jobs failed:{told}\nWhat each printed: {ledger.path}/*.log. Run them "
+                f"again by the same command and hydra.sweep.dir={ledger.sweep_dir}",
+                file=sys.stderr,
             )
-            raise ChildFailed(1)
+            raise ChildFailed(USER_ERROR if all(entry.code == USER_ERROR for entry in wrong) else 1)
         return None
 
     def _grid(self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs) -> list[Entry]:

@@ -49,6 +49,9 @@ class Entry:
     """waiting; running; done; pruned (stopped early by the search); diverged (a loss that is not finite); failed (an
     error); killed (ended from outside); stopped (by a signal, with a checkpoint saved)."""
 
+    code: int = 0
+    """Its exit code, once it has ended."""
+
     said: str = ""
     """Its error, in a line."""
 
