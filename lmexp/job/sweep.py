@@ -192,8 +192,8 @@ class LmexpSweeper(Sweeper):
         if wrong:
             told = "".join(f"\n  {name_of(entry)}: {entry.status}: {entry.said}" for entry in wrong[:10])
             print(
-                f"Error: {len(wrong)} of the sweep's jobs failed:{told}\nWhat each printed: {ledger.path}/*.log. Run them "
-                f"again by the same command and hydra.sweep.dir={ledger.sweep_dir}",
+                f"Error: {len(wrong)} of the sweep's jobs failed:{told}\nWhat each printed: {ledger.path}/*.log. Run "
+                f"them again by the same command and hydra.sweep.dir={ledger.sweep_dir}",
                 file=sys.stderr,
             )
             raise ChildFailed(USER_ERROR if all(entry.code == USER_ERROR for entry in wrong) else 1)
