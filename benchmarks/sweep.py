@@ -35,7 +35,7 @@ def sweep(folder: Path, *overrides: str) -> tuple[float, list[dict]]:
 
 
 def slots(folder: Path) -> None:
-    grid = ("optimizer.lr=0.005,0.01,0.02,0.04", "seeds=2", "max_steps=300", "validate_every=300")
+    grid = ("optimizer.lr=0.005,0.01,0.02,0.04", "seeds=2", "max_steps=100", "validate_every=100")
     sweep(folder / "warm", *grid[2:], "optimizer.lr=0.01", "seed=1")  # the token cache
     one, _ = sweep(folder / "one", *grid, "sweep.slots=1")
     two, entries = sweep(folder / "two", *grid, "sweep.slots=2")
@@ -52,8 +52,8 @@ def slots(folder: Path) -> None:
 
 def pruning(folder: Path) -> None:
     search = (
-        *("sweep=random", "optimizer.lr=tag(log,interval(1e-4,1.0))", "sweep.trials=16", "max_steps=400"),
-        *("validate_every=40", "sweep.pruner_startup=4", "sweep.pruner_warmup=40"),
+        *("sweep=random", "optimizer.lr=tag(log,interval(1e-4,1.0))", "sweep.trials=12", "max_steps=100"),
+        *("validate_every=10", "sweep.pruner_startup=3", "sweep.pruner_warmup=20"),
     )
     rows = []
     for name, pruner in (("whole", "null"), ("median", "median")):
@@ -63,7 +63,7 @@ def pruning(folder: Path) -> None:
         pruned = sum(entry["status"] == "pruned" for entry in entries)
         rows.append((name, f"{steps:.0f}", str(pruned), f"{best:.4f}", f"{spent:.0f}"))
     saved = 1 - float(rows[1][1]) / float(rows[0][1])
-    print(head("Pruning a search of 16 learning rates"))
+    print(head("Pruning a search of 12 learning rates"))
     print(table(("pruner", "steps", "trials pruned", "best validation loss", "seconds"), rows))
     print(f"\nSteps saved: **{saved:.0%}**")
 
