@@ -24,15 +24,10 @@ from lmexp.callback.base import RunCallback
 from lmexp.callback.tracking import Tracking
 from lmexp.contracts import Interrupted, StorageError, UserError
 from lmexp.run import checkpoint as files
-
-_TWICE_S = 3.0
-"""A signal that comes again so soon is the same one: a scheduler may tell the launcher and the process."""
+from lmexp.run.signals import SIGNALS, TWICE_S
 
 _PACED = 5
 """Steps after which the pace of a run with `max_time` is known well enough to plan by."""
-
-SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
-"""Those that mean: save and end. SIGUSR1 is what SLURM is usually told to send some time before the limit."""
 
 
 class CheckpointFiles(CheckpointIO):
@@ -229,7 +224,7 @@ class Checkpoint(RunCallback):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is not None:  # a second one: at once, unless it is the same by another way
-            if number == self._signal and time.monotonic() - self._signalled < _TWICE_S:
+            if number == self._signal and time.monotonic() - self._signalled < TWICE_S:
                 return
             raise KeyboardInterrupt
         self._signal, self._signalled = number, time.monotonic()

@@ -155,7 +155,7 @@ class Guard(RunCallback):
             "passed_over": first - step * self.session.batch_size,
             "samples": [first + rank * size, first + (rank + 1) * size - 1],
             "checkpoint": kept,
-            "texts": _texts(batch, data.tokenizer),
+            "texts": texts_of(batch, data.tokenizer),
             "layers": layers,
         }
         write_json(folder / f"{name}.json", content)
@@ -186,7 +186,7 @@ class Guard(RunCallback):
         self._log_average, self._seen = state_dict["average"], state_dict["seen"]
 
 
-def _texts(batch: Batch, tokenizer: Any) -> list[str]:
+def texts_of(batch: Batch, tokenizer: Any) -> list[str]:
     """What the model read, row by row."""
     inputs = batch["inputs"]
     name = next((n for n in ("tokens", "decoder_tokens") if n in inputs), None)

@@ -25,15 +25,10 @@ from typing import Any
 from lmexp.contracts import Diverged, Interrupted, UserError
 from lmexp.job.errors import ERROR_FILE, INTERRUPTED, USER_ERROR, ChildFailed, exit_code_of_errors
 from lmexp.job.plan import Plan
+from lmexp.run.signals import SIGNALS
 
 _LEASH = "LMEXP_LEASH"
 """File descriptor of a pipe whose other end the launching process holds: when it ends, so do its ranks."""
-
-HANDED_ON = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
-"""Signals that go on to the processes of a job."""
-
-TWICE_S = 3.0
-"""A signal that comes again so soon is the same one, by another way: a scheduler may tell all processes at once."""
 
 _GRACE_S = 10.0
 
@@ -189,7 +184,7 @@ class Ranks:
     def wait(self) -> Outcome:
         """Wait for all; signals are handed on."""
         in_main = threading.current_thread() is threading.main_thread()
-        numbers = HANDED_ON if in_main else ()
+        numbers = SIGNALS if in_main else ()
         old = {number: signal.signal(number, lambda n, frame: self.send(n)) for number in numbers}
         try:
             while self.running():

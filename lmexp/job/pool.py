@@ -20,9 +20,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from lmexp.contracts import Interrupted, UserError
-from lmexp.job.launch import HANDED_ON, TWICE_S, Outcome, Ranks, cores, device_count
+from lmexp.job.launch import Outcome, Ranks, cores, device_count
 from lmexp.job.plan import Plan
 from lmexp.run.ledger import ENDED_WELL, Entry, Ledger
+from lmexp.run.signals import SIGNALS, TWICE_S
 from lmexp.run.terminal import clock
 
 _STYLES = {"done": "green", "pruned": "cyan", "running": "bold", "waiting": "dim", "stopped": "yellow"}
@@ -113,7 +114,7 @@ class Pool:
         The first signal is handed on, so that jobs save and end; then `Interrupted` is raised. The second ends them.
         """
         free, running = list(self.slots), list[_Running]()
-        old = {number: signal.signal(number, self._on_signal(running)) for number in HANDED_ON}
+        old = {number: signal.signal(number, self._on_signal(running)) for number in SIGNALS}
         try:
             with self.board:
                 while True:
@@ -150,16 +151,15 @@ class Pool:
             stack.close()
             self.board.say(job.entry, "runs in another process")
             return
-        slot = free.pop(0)
         entry = job.entry
         known = self.ledger.read_file(entry.key)
         if known is not None and known.status in ENDED_WELL and not again:  # another process has done it meanwhile
             entry.__dict__.update(known.__dict__)
-            free.append(slot)
             stack.close()
             self.board.say(entry)
             ended(entry)
             return
+        slot = free.pop(0)
         entry.status, entry.said, entry.attempts = "running", "", entry.attempts + 1
         self.ledger.write(entry)
         ranks = Ranks(job.plan, device_count(job.plan), slot.environment, self.ledger.console(entry.key))
@@ -235,8 +235,10 @@ def record(entry: Entry, outcome: Outcome, seconds: float, stopping: bool = Fals
         entry.status = "pruned" if entry.metrics.get("pruned") else "done"
     elif outcome.kind == "interrupted" or (stopping and outcome.kind == "killed"):
         entry.status = "stopped"
+    elif outcome.kind == "diverged":
+        entry.status = "diverged"
     else:
-        entry.status = {"diverged": "diverged", "killed": "killed"}.get(outcome.kind, "failed")  # type: ignore[assignment]
+        entry.status = "killed" if outcome.kind == "killed" else "failed"
 
 
 class Board:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from lmexp.callback.guard import Guard, Rollback
+from lmexp.callback.guard import Guard, Rollback, texts_of
 from lmexp.contracts import IGNORE_INDEX, Batch, UserError
 from lmexp.job.check import check
 from lmexp.job.plan import Plan
@@ -126,7 +126,9 @@ def _looked_at(batch: Batch, task: BaseTask, step: int, data: Any) -> dict[str, 
     for number, row in enumerate(split_batch(batch, 1)):
         count = int((row["labels"] != IGNORE_INDEX).sum())
         loss = task.loss_sum(row).item() / max(1, count)
-        samples.append({"sample": first + number, "loss": loss, "tokens": count, "text": _text(row, data.tokenizer)})
+        samples.append(
+            {"sample": first + number, "loss": loss, "tokens": count, "text": "".join(texts_of(row, data.tokenizer))}
+        )
     samples.sort(key=lambda s: -math.inf if not math.isfinite(s["loss"]) else -s["loss"])
     worst = samples[0]["sample"] - first
     place = _first_wrong(task, next(r for n, r in enumerate(split_batch(batch, 1)) if n == worst))
@@ -164,12 +166,6 @@ def _first_wrong(task: BaseTask, row: Batch) -> str | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def _text(row: Batch, tokenizer: Any) -> str:
-    inputs = row["inputs"]
-    name = next((n for n in ("tokens", "decoder_tokens") if n in inputs), None)
-    return "" if name is None else str(tokenizer.decode(inputs[name][0].tolist()))[:2000]
 
 
 def _show(report: dict[str, Any], terminal: Terminal) -> None:

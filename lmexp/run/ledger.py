@@ -81,6 +81,15 @@ class Ledger:
 
     def read(self, key: str) -> Entry | None:
         """The job of this key, or None; a job whose runner was killed is told as that."""
+        entry = self.read_file(key)
+        if entry is not None and entry.status == "running" and not self.is_held(key):
+            entry = self.read_file(key)  # it may have ended between the two looks
+            if entry is not None and entry.status == "running":
+                entry.status, entry.said = "killed", "ended together with what ran the sweep"
+        return entry
+
+    def read_file(self, key: str) -> Entry | None:
+        """The same for whoever holds the job: just what the file says."""
         path = self.path / f"{key}.json"
         if not path.exists():
             return None
@@ -92,20 +101,6 @@ class Ledger:
                 f"{path} cannot be read ({error}). Remove it: the job is then run again, from its last checkpoint."
             ) from error
         entry.run_dir = str(self.sweep_dir / Path(entry.run_dir).name)  # the sweep's directory may have been moved
-        if entry.status == "running" and not self.is_held(key):
-            if json.loads(path.read_text(encoding="utf-8"))["status"] != "running":
-                return self.read(key)  # it ended between the two looks
-            entry.status, entry.said = "killed", "ended together with what ran the sweep"
-        return entry
-
-    def read_file(self, key: str) -> Entry | None:
-        """The same for whoever holds the job: just what the file says."""
-        path = self.path / f"{key}.json"
-        if not path.exists():
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-        entry = Entry(**{f.name: content[f.name] for f in fields(Entry) if f.name in content})
-        entry.run_dir = str(self.sweep_dir / Path(entry.run_dir).name)
         return entry
 
     def entries(self) -> list[Entry]:
