@@ -360,12 +360,11 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied.weight
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.softcap = softcap
-        self._whole, self._chunk = _whole_loss, _chunk_loss
+        self._chunk = _chunk_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile in place, the loss too."""
         super().compile(*args, **kwargs)
-        self._whole = torch.compile(_whole_loss, *args, **kwargs)
         self._chunk = torch.compile(_chunk_loss, *args, **kwargs)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -383,9 +382,9 @@ class Head(nn.Module):
 
         hidden (N, D), labels (N,) int64. Returns the sum () or, without gradients only, each position's loss (N,),
         0 where it is not scored; both at least float32. `n_chunks`: how many pieces the positions are cut into;
-        None: as many as `CHUNK_ELEMENTS` asks for. With one piece this is plain autograd; with more, the gradients
-        are made along with the loss, piece by piece (as in fused linear cross entropy, Hsu et al. 2024, Liger
-        kernel, section 3.2), so that the memory stays that of one piece.
+        None: as many as `CHUNK_ELEMENTS` asks for. The gradients are made along with the loss, piece by piece (as in
+        fused linear cross entropy, Hsu et al. 2024, Liger kernel, section 3.2), so that the memory stays that of one
+        piece.
         """
         n, device = labels.shape[0], hidden.device.type
         if n_chunks is None:
@@ -393,9 +392,6 @@ class Head(nn.Module):
             n_chunks = max(1, math.ceil(n * self.weight.shape[0] / limit))
         with_grad = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         assert reduction == "sum" or not with_grad, "losses of single positions have no gradients"
-        if n_chunks == 1 and with_grad:
-            return self._whole(hidden, self.weight, self.bias, labels, self.softcap)
-
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if with_grad:
             loss = _ChunkedLoss.apply(
@@ -437,27 +433,22 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _whole_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None) -> Tensor:
-    """Sum of losses () of all positions at once, for autograd to differentiate."""
-    logits = _logits(hidden, weight, bias, softcap)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
 def _chunk_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses (n,) of a piece of n positions and, if asked for, d(sum of losses) / d(logits) (n, V)."""
-    logits = _logits(hidden, weight, bias, softcap)
-    log_sum = logits.logsumexp(-1)
-    scored = labels != IGNORE_INDEX
+    """Losses (n,) of a piece of n positions, 0 where it is not scored; if asked for, d(loss) / d(logits) (n, V) of each
+    position as if all were scored. Never differentiated, so that it may write over what it has read."""
+    logits = _at_least_float32(F.linear(hidden, weight, bias))
+    capped = None if softcap is None else logits.div_(softcap).tanh_()
+    log_p = (logits if capped is None else capped * softcap).log_softmax(-1)
     index = labels.clamp_min(0)[:, None]
-    losses = torch.where(scored, log_sum - logits.gather(-1, index)[:, 0], 0.0)
+    losses = torch.where(labels != IGNORE_INDEX, -log_p.gather(-1, index)[:, 0], 0.0)
     if not with_grad:
         return losses, None
-    gradient = (logits - log_sum[:, None]).exp()
-    gradient = gradient.scatter_add(-1, index, gradient.new_full(index.shape, -1.0)) * scored[:, None]
-    if softcap is not None:
-        gradient = gradient * (1 - (logits / softcap).square())  # d tanh = 1 - tanh^2
+    gradient = log_p.exp_()
+    gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
+    if capped is not None:
+        gradient.addcmul_(gradient, capped.square_(), value=-1)  # d tanh = 1 - tanh^2
     return losses, gradient.to(hidden.dtype)
 
 
@@ -489,13 +480,16 @@ class _ChunkedLoss(torch.autograd.Function):
             ):
                 losses, d_logits = chunk(rows, w, b, y, softcap, True)
                 total = total + losses.sum()
-                d_rows.copy_(d_logits @ w)
+                # positions that are not scored are left out where that is D numbers each, not V
+                scored = (y != IGNORE_INDEX).to(rows.dtype)[:, None]
+                torch.mul(d_logits @ w, scored, out=d_rows)
+                rows = rows * scored
                 if d_weight.dtype == d_logits.dtype:
                     d_weight.addmm_(d_logits.mT, rows)
                 else:
                     d_weight += d_logits.mT @ rows  # summed in the weight's own precision
                 if d_bias is not None:
-                    d_bias += d_logits.sum(0)
+                    d_bias += (scored.mT @ d_logits)[0]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
