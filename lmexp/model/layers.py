@@ -32,34 +32,43 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
-            return unit_rms(x, self.eps) * self.weight
+            return _rms_on_cpu(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension."""
     if x.device.type == "cpu":
-        normed = _UnitRMS.apply(x, eps)  # torch has a kernel for other devices only; its parts cost a CPU twice as much
-        assert isinstance(normed, Tensor)
-        return normed
+        return _rms_on_cpu(x, None, eps)
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-class _UnitRMS(torch.autograd.Function):
+def _rms_on_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """torch has a kernel for other devices only; its parts cost a CPU twice as much."""
+    normed = _RMS.apply(x, weight, eps)
+    assert isinstance(normed, Tensor)
+    return normed
+
+
+class _RMS(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = (norm * norm / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, scale, weight)
         y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
+        return y if weight is None else y.mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_y: Tensor) -> tuple[Tensor, None]:
-        y, scale = ctx.saved_tensors
-        along = (d_y[0] * y).mean(-1, keepdim=True)
-        return torch.addcmul(d_y[0], y, along, value=-1) * scale, None
+    def backward(ctx: Any, *d_y: Tensor) -> tuple[Tensor | None, ...]:
+        """LayerNorm's, at mean 0 and this scale, also takes the mean of the gradient away, which is put back."""
+        (d,), (x, scale, weight), width = d_y, ctx.saved_tensors, ctx.saved_tensors[0].shape[-1]
+        mean = torch.zeros_like(scale)
+        needed = [True, weight is not None, False]
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(d, x, [width], mean, scale, weight, None, needed)
+        total = d.sum(-1, keepdim=True) if weight is None else (d @ weight)[..., None]
+        return d_x.addcmul_(scale, total, value=1 / width), d_weight if needed[1] else None, None
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -439,8 +448,11 @@ def _chunk_loss(
     """Losses (n,) of a piece of n positions, 0 where it is not scored; if asked for, d(loss) / d(logits) (n, V) of each
     position as if all were scored. Never differentiated, so that it may write over what it has read."""
     logits = _at_least_float32(F.linear(hidden, weight, bias))
-    capped = None if softcap is None else logits.div_(softcap).tanh_()
-    log_p = (logits if capped is None else capped * softcap).log_softmax(-1)
+    capped = None
+    if softcap is not None:
+        capped = logits.div_(softcap).tanh_()
+        logits = capped * softcap
+    log_p = logits.log_softmax(-1)
     index = labels.clamp_min(0)[:, None]
     losses = torch.where(labels != IGNORE_INDEX, -log_p.gather(-1, index)[:, 0], 0.0)
     if not with_grad:

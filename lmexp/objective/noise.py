@@ -15,8 +15,10 @@ def generator(seed: int, index: int) -> np.random.Generator:
 
 def composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     """(parts,) positive whole numbers that sum to `total`, each such list equally likely."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff(cuts, prepend=0, append=total)
+    edges = np.zeros(parts + 1, dtype=np.int64)
+    edges[1:-1] = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    edges[-1] = total
+    return edges[1:] - edges[:-1]
 
 
 def ordinary(tokenizer: Any) -> np.ndarray:

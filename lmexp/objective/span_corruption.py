@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -93,10 +94,12 @@ class _Collate:
         self.sentinels = np.array([tokenizer.roles[f"sentinel_{i}"] for i in range(settings.sentinels)])
         self.eos = np.array([tokenizer.eos_id])
         self.start_id = tokenizer.pad_id if start_id is None else start_id
+        # the same for all batches
+        self._lengths = cache(lambda block_size: settings.lengths(settings.sample_length(block_size)))
 
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
         pairs = [self.corrupted(sample, seed) for sample in samples]
-        source, target = self.settings.lengths(self.settings.sample_length(block_size))
+        source, target = self._lengths(block_size)
         sources, targets, n_bytes = zip(*pairs, strict=True)
         return sequence_batch(sources, targets, n_bytes, [s.part for s in samples], self.start_id, source, target)
 
