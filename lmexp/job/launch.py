@@ -32,7 +32,9 @@ _LEASH = "LMEXP_LEASH"
 
 _GRACE_S = 10.0
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+
+_MADV_HUGEPAGE = 14  # of mman.h
 
 
 def launch(plan: Plan) -> float | None:
@@ -98,10 +100,29 @@ def _keep_freed_memory() -> None:
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _use_huge_pages(libc)
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Let the next GiB of the heap be of pages of 2 MiB, where Linux leaves that to programs: a twentieth of the time
+    of a small model's step. What of it is never touched takes no memory."""
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mallopt(_M_TOP_PAD, 2**30)
+    block = libc.malloc(31 * 2**20)  # more than is free now, so that the heap grows by that GiB
+    end = libc.sbrk(0)
+    libc.mallopt(_M_TOP_PAD, 2**27)
+    if block and end and 0 < end - block < 2**32:  # else it is not from the heap
+        first = -(-block // 2**21) * 2**21
+        libc.madvise(first, end - first, _MADV_HUGEPAGE)
+    libc.free(block)
 
 
 def cores() -> int:
