@@ -73,6 +73,11 @@ class Muon:
     """Size of a (rows, columns) update: spectral, sqrt(max(1, rows / columns)); or rms, 0.2 * sqrt(max(rows,
     columns)), the size of AdamW's (Liu et al. 2025, section 2.2), so that AdamW's rates can be kept."""
 
+    precondition: bool = False
+    """Scale the rows of an update before the polynomials, each by how much it overlaps with all, instead of all by one
+    norm: singular values begin closer to 1, so that a polynomial less does nearly as well. The directions change a
+    little (Prach & Lampert 2022, theorem 1, for layers; Boissin et al. 2025, "Turbo-Muon", for Muon)."""
+
     weight_decay: float = 0.0
     """Each step shrinks hidden matrices by lr * weight_decay; nothing else is decayed."""
 
@@ -123,6 +128,7 @@ class Muon:
                 "nesterov": self.nesterov,
                 "steps": self.steps,
                 "scale": self.scale,
+                "precondition": self.precondition,
                 "weight_decay": self.weight_decay,
             }
         ]
@@ -181,7 +187,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), members in buckets.items():
-            batch = orthogonalize(torch.cat([piece for _, piece in members]), group["steps"])
+            batch = orthogonalize(
+                torch.cat([piece for _, piece in members]), group["steps"], group.get("precondition", False)
+            )
             spectral = group["scale"] == "spectral"
             size = max(1.0, rows / columns) ** 0.5 if spectral else 0.2 * max(rows, columns) ** 0.5
             targets = [target for target, _ in members]
@@ -223,23 +231,30 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
+def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
     """U V^T, nearly, of each matrix U S V^T of a batch (n, rows, columns); in bf16 on CUDA, else in float32.
 
     Each step maps x to (a + b G + c G^2) x with G = x x^T. As all of these commute, wide matrices in float32 can be
     treated through G alone, which is smaller: the next G is p G p, and x is multiplied once, by the product of all p.
+    With `precondition`, row i of x is divided by the root of sum_j |G_ij| first, after which no singular value is
+    above 1 (the rows are those of the shorter side).
     """
     rows, columns = x.shape[-2:]
     if rows > columns:
-        return orthogonalize(x.mT, steps).mT
+        return orthogonalize(x.mT, steps, precondition).mT
     x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    if precondition:
+        gram = x @ x.mT
+        scale = (gram.abs().sum(-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
+        x, gram = x * scale, gram * scale * scale.mT
+    else:
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+        gram = x @ x.mT
     if columns < 2 * rows or x.dtype == torch.bfloat16:
-        for a, b, c in _stretched(steps):
-            gram = x @ x.mT
+        for step, (a, b, c) in enumerate(_stretched(steps)):
+            gram = x @ x.mT if step else gram
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
-    gram = x @ x.mT
     product: Tensor | None = None
     for step, (a, b, c) in enumerate(_stretched(steps)):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
