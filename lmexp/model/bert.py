@@ -25,6 +25,7 @@ from lmexp.model.layers import (
     check_fraction,
     check_heads,
     check_positive,
+    residual,
     rotate,
     round_up,
     training_flops,
@@ -261,8 +262,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None, seen: Visible) -> Tensor:
         if self.prenorm:
-            x = x + self.attention(self.norm1(x), tables, seen)
-            return x + self.mlp(self.norm2(x))
+            x = residual(x, self.attention(self.norm1(x), tables, seen))
+            return residual(x, self.mlp(self.norm2(x)))
         x = self.norm1(x + self.attention(x, tables, seen))
         return self.norm2(x + self.mlp(x))
 

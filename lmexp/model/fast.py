@@ -28,6 +28,7 @@ from lmexp.model.layers import (
     check_heads,
     check_positive,
     relu_squared,
+    residual,
     rotate,
     round_up,
     training_flops,
@@ -199,8 +200,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], extra: Tensor | None, seen: Visible, cache: KVCache | None
     ) -> Tensor:
-        x = x + self._dropped(self.attention(unit_rms(x), tables, extra, seen, cache))
-        return x + self._dropped(self.contract(relu_squared(self.expand(unit_rms(x)))))
+        x = residual(x, self._dropped(self.attention(unit_rms(x), tables, extra, seen, cache)))
+        return residual(x, self._dropped(self.contract(relu_squared(self.expand(unit_rms(x))))))
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

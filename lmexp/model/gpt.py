@@ -24,6 +24,7 @@ from lmexp.model.layers import (
     check_fraction,
     check_heads,
     check_positive,
+    residual,
     round_up,
     training_flops,
     visible,
@@ -146,8 +147,8 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, seen: Visible, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), seen, cache)
-        return x + self.mlp(self.norm2(x))
+        x = residual(x, self.attention(self.norm1(x), seen, cache))
+        return residual(x, self.mlp(self.norm2(x)))
 
 
 class Attention(nn.Module):

@@ -28,6 +28,7 @@ from lmexp.model.layers import (
     attend,
     check_heads,
     check_positive,
+    residual,
     rotate,
     round_up,
     training_flops,
@@ -231,8 +232,8 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], seen: Visible, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), tables, seen, cache)
-        return x + self.mlp(self.norm2(x))
+        x = residual(x, self.attention(self.norm1(x), tables, seen, cache))
+        return residual(x, self.mlp(self.norm2(x)))
 
 
 class Attention(nn.Module):

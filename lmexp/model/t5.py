@@ -31,6 +31,7 @@ from lmexp.model.layers import (
     check_heads,
     check_positive,
     check_start_id,
+    residual,
     round_up,
     see_across,
     training_flops,
@@ -352,10 +353,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, seen: Visible, memory: Tensor | None, across: Across | None, cache: T5Cache | None
     ) -> Tensor:
-        x = x + self.attention(self.norm1(x), seen, cache)
+        x = residual(x, self.attention(self.norm1(x), seen, cache))
         if memory is not None and across is not None:
-            x = x + self.cross(self.norm_cross(x), memory, across, cache)
-        return x + self.mlp(self.norm2(x))
+            x = residual(x, self.cross(self.norm_cross(x), memory, across, cache))
+        return residual(x, self.mlp(self.norm2(x)))
 
 
 class SelfAttention(nn.Module):

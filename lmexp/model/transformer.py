@@ -31,6 +31,7 @@ from lmexp.model.layers import (
     check_heads,
     check_positive,
     check_start_id,
+    residual,
     round_up,
     see_across,
     training_flops,
@@ -348,8 +349,8 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, seen: Visible) -> Tensor:
         if self.prenorm:
-            x = x + self.attention(self.norm1(x), seen)
-            return x + self.mlp(self.norm2(x))
+            x = residual(x, self.attention(self.norm1(x), seen))
+            return residual(x, self.mlp(self.norm2(x)))
         x = self.norm1(x + self.attention(x, seen))
         return self.norm2(x + self.mlp(x))
 
@@ -369,9 +370,9 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, seen: Visible, across: Across, cache: CrossCache | None) -> Tensor:
         if self.prenorm:
-            x = x + self.attention(self.norm1(x), seen, cache)
-            x = x + self.cross(self.norm2(x), memory, across, cache)
-            return x + self.mlp(self.norm3(x))
+            x = residual(x, self.attention(self.norm1(x), seen, cache))
+            x = residual(x, self.cross(self.norm2(x), memory, across, cache))
+            return residual(x, self.mlp(self.norm3(x)))
         x = self.norm1(x + self.attention(x, seen, cache))
         x = self.norm2(x + self.cross(x, memory, across, cache))
         return self.norm3(x + self.mlp(x))
