@@ -116,6 +116,21 @@ def test_orthogonalisation_is_u_v(shape, steps, tolerance):
     assert (got - u @ v).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (1, 7)])
+def test_preconditioned_rows_begin_closer_to_one(shape):
+    torch.manual_seed(0)
+    x = 1e-4 * torch.randn(3, *shape, dtype=torch.float64) + 1e-4
+    wide = x if shape[0] <= shape[1] else x.mT
+    overlaps = torch.einsum("nik,njk->nij", wide, wide).abs().sum(-1, keepdim=True)
+    scaled = wide / overlaps.sqrt()
+    u, s, v = torch.linalg.svd(scaled, full_matrices=False)
+    assert s.max() <= 1 + 1e-9  # Prach & Lampert 2022, theorem 1
+    assert (s >= torch.linalg.svdvals(x / x.norm(dim=(-2, -1), keepdim=True)) - 1e-9).all()
+    got = orthogonalize(x, 7, precondition=True)
+    got = got if shape[0] <= shape[1] else got.mT
+    assert (got - u @ v).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
 def test_a_batch_is_one_by_one(shape):
     x = torch.randn(5, *shape)
