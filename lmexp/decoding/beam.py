@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lmexp.contracts import UserError
-from lmexp.decoding.steps import Constraints, begun, check_lengths, fitting_threads, steps_of
+from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, without_gradients
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Beam:
         check_lengths(self.max_new_tokens, self.min_new_tokens, self.no_repeat_ngram)
 
 
-@torch.no_grad()
 def beam_search(
     model: Any, prompts: Sequence[Sequence[int]], beam: Beam, eos_id: int | None, vocab_size: int
 ) -> list[list[tuple[float, list[int]]]]:
@@ -55,7 +54,7 @@ def beam_search(
     Every step looks at the 2 * `beams` likeliest next tokens of a row's texts together, so that as many texts go on
     as before however many end; one ends where it is among the `beams` likeliest. Rows that are done leave the batch.
     """
-    with fitting_threads(model, len(prompts) * beam.beams):
+    with without_gradients(model):
         return _search(model, prompts, beam, eos_id, vocab_size)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam, beam_search
-from lmexp.decoding.steps import Constraints, begun, check_lengths, fitting_threads, steps_of
+from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, without_gradients
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Sampling:
         return Constraints(self.min_new_tokens, self.no_repeat_ngram)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -101,7 +100,7 @@ def generate(
                 for token in tokens:
                     on_token(row, token)  # type: ignore[misc]
             return rows
-        with fitting_threads(model, len(prompts)):
+        with without_gradients(model):
             return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
     finally:
         model.train(was_training)
@@ -173,7 +172,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, 
     Returns (B,) int64.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # the first of equals, as argmax, which takes a CPU several times as long
     probabilities, ids = distribution(logits, sampling)
     if probabilities.device.type == "mps":  # has no float64
         probabilities, ids = probabilities.cpu(), ids.cpu()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lmexp.contracts import UserError
 
@@ -44,44 +44,51 @@ def begun(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(prompt) for prompt in prompts]
 
 
+def without_gradients(model: Any) -> Any:
+    """A context; the inference mode of torch, which costs less, but where weights are in pieces: what is brought
+    together in it could not be trained with afterwards."""
+    return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
+
+
 class _Continuations:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model = model
         self.most = max_new_tokens
         weight = model.head.weight
         device = weight.device
-        width = max(len(prompt) for prompt in prompts)
+        self.width = width = max(len(prompt) for prompt in prompts)
         # rows end together: shorter prompts are padded at the left, and the padding is a document of its own, -1
-        self.tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.int64, device=device)
         self.pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        self.padded = any(len(prompt) < width for prompt in prompts)
         for row, prompt in enumerate(prompts):
-            self.tokens[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+            self.tokens[row, width - len(prompt) : width] = torch.tensor(list(prompt), device=device)
         self.room = min(model.max_length, width + max_new_tokens)
+        self.columns = torch.arange(self.tokens.shape[1], device=device)
         self.cache: Any = None
         if width <= self.room:
             self.cache = model.new_cache(len(prompts), self.room, device, _dtype(weight))
 
     def logits(self) -> Tensor:
-        width = self.tokens.shape[1]
-        if self.cache is not None and width > self.room:
+        if self.cache is not None and self.width > self.room:
             self.cache = None  # the window slides: every position of it changes, so that nothing can be kept
-        start = max(0, width - self.model.max_length) if self.cache is None else self.cache.length
+        start = max(0, self.width - self.model.max_length) if self.cache is None else self.cache.length
         return self.model.head(self._hidden(start)[:, -1])
 
     def _hidden(self, start: int) -> Tensor:
         """Hidden states of the columns from `start` on; without a cache these are all that is seen."""
-        tokens = self.tokens[:, start:]
+        tokens = self.tokens[:, start : self.width]
+        if not self.padded:
+            return self.model(tokens, cache=self.cache)
         pads = self.pads if self.cache is not None else (self.pads - start).clamp_min(0)
         offset = start if self.cache is not None else 0
-        if not pads.any():
-            return self.model(tokens, cache=self.cache)
-        columns = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)
-        positions = columns - pads[:, None]
+        positions = self.columns[offset : offset + tokens.shape[1]] - pads[:, None]
         documents = -(positions < 0).long()
-        return self.model(tokens, documents=documents, positions=positions.clamp_min(0), cache=self.cache)
+        return self.model(tokens, documents=documents, positions=positions.clamp_min_(0), cache=self.cache)
 
     def append(self, tokens: Tensor) -> None:
-        self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
+        self.tokens[:, self.width] = tokens
+        self.width += 1
 
     def select(self, rows: Tensor) -> None:
         self.tokens, self.pads = self.tokens[rows], self.pads[rows]
@@ -113,10 +120,7 @@ class _Answers:
         self.prompts = torch.arange(len(prompts), device=device)  # of each row
 
     def logits(self) -> Tensor:
-        more = {}
-        if self.documents is not None:
-            more = {"documents": self.documents, "decoder_documents": torch.zeros_like(self.last[:, None])}
-        hidden = self.model.decode(self.last[:, None], self.memory, **more, cache=self.cache)
+        hidden = self.model.decode(self.last[:, None], self.memory, self.documents, cache=self.cache)
         return self.model.head(hidden[:, -1])
 
     def append(self, tokens: Tensor) -> None:
@@ -132,26 +136,6 @@ class _Answers:
         if self.documents is not None:
             self.documents = self.documents[rows]
         self.cache.select(rows)
-
-
-_WORTH_THREADS = 2**25
-"""Multiplications of a step from which on a CPU's threads are worth it: below, they save little on a quiet machine and
-lose much on a busy one, where they wait for one another."""
-
-
-@contextmanager
-def fitting_threads(model: Any, rows: int) -> Iterator[None]:
-    """On a CPU one thread, where a step of so many rows is little work."""
-    threads = torch.get_num_threads()
-    work = rows * sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    small = next(model.parameters()).device.type == "cpu" and work < _WORTH_THREADS
-    if small:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if small:
-            torch.set_num_threads(threads)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

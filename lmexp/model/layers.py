@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,19 +46,27 @@ def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def _rms_on_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """torch has a kernel for other devices only; its parts cost a CPU twice as much."""
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps)[0]
     normed = _RMS.apply(x, weight, eps)
     assert isinstance(normed, Tensor)
     return normed
 
 
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """And what x was multiplied by."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    y = x * scale
+    return (y if weight is None else y.mul_(weight)), scale
+
+
 class _RMS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (norm * norm / x.shape[-1] + eps).rsqrt()
+        y, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, scale, weight)
-        y = x * scale
-        return y if weight is None else y.mul_(weight)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -151,37 +160,39 @@ class KVCache:
         self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
     ) -> None:
         """Room for `length` positions of `batch` sequences."""
-        shape = (n_layers, batch, n_heads, length, d_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._held = torch.zeros(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype)
         self.documents: Tensor | None = None
         self.length = 0
+        self._alike = np.zeros((batch, batch), dtype=np.int64)
+        """How many columns two rows begin with that are the same in both, at least."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, E) keys and values of new positions; returns all of the layer's, (B, K, S, E)."""
         end = self.length + keys.shape[2]
-        assert end <= self.keys.shape[3], "the cache is full"
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        assert end <= self._held.shape[4], "the cache is full"
+        held_keys, held_values = self._held[0, layer], self._held[1, layer]
+        held_keys[:, :, self.length : end] = keys
+        held_values[:, :, self.length : end] = values
+        return held_keys[:, :, :end], held_values[:, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
-        seen = slice(0, self.length)
-        shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
-        moved = None  # where the batch stays as large, the rows that change
-        if self.keys.shape == shape:
-            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+        seen, n = self.length, self._held.shape[2]
+        sources = rows.cpu().numpy()
+        if len(sources) == n:  # rows that change need only what is not the same in the one that they become
+            moved = np.flatnonzero(sources != np.arange(n))
             if not len(moved):
                 return
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            if moved is not None:
-                old[:, :, :, seen].index_copy_(1, moved, old[:, :, :, seen].index_select(1, rows[moved]))
-                continue
-            new = torch.zeros(shape, device=old.device, dtype=old.dtype)
-            new[:, :, :, seen] = old[:, :, :, seen][:, rows]
-            setattr(self, name, new)
+            first = int(self._alike[moved, sources[moved]].min())
+            columns = self._held[:, :, :, :, first:seen]
+            to = torch.from_numpy(moved).to(rows.device)
+            columns.index_copy_(2, to, columns.index_select(2, rows[to]))
+        else:
+            old = self._held
+            self._held = old.new_zeros(*old.shape[:2], len(rows), *old.shape[3:])
+            self._held[:, :, :, :, :seen] = old[:, :, :, :, :seen].index_select(2, rows)
+        self._alike = self._alike[sources[:, None], sources]
+        self._alike[sources[:, None] == sources] = seen
         if self.documents is not None:
             self.documents = self.documents[rows]
 
@@ -209,6 +220,8 @@ def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, pre
         cache.documents = keys
     if documents is None and prefix is None and (start == 0 or length == 1):
         return Visible(None, causal=length > 1)
+    if length == 1 and documents is not None and keys is not None and prefix is None:  # nothing is later
+        return Visible(documents[:, None, :, None] == keys[:, None, None, :], causal=False)
     ones = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device)
     mask = ones.tril(start)[None, None]
     if prefix is not None:
@@ -231,8 +244,11 @@ class CrossCache(KVCache):
         super().__init__(n_layers, batch, n_heads, length, d_head, device, dtype)
         self.cross: list[tuple[Tensor, Tensor]] = []
         """Of each layer, keys and values (B, H, S, E)."""
+        self.across: Across | None = None
+        """What is seen of the memory, if it is the same for all tokens."""
 
     def select(self, rows: Tensor) -> None:
+        self.across = None
         self.select_written(rows)
         self.cross = [(keys[rows], values[rows]) for keys, values in self.cross]
 
@@ -248,12 +264,30 @@ class Across(NamedTuple):
     some: Tensor | None
 
 
-def see_across(documents: Tensor, decoder_documents: Tensor) -> Across:
-    """Decoder tokens (B, U) see the encoder's tokens (B, S) of the same document."""
-    mask = decoder_documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, U, S)
+def see_across(
+    memory: Tensor, documents: Tensor | None, decoder_documents: Tensor | None, cache: CrossCache | None
+) -> Across:
+    """Decoder tokens (B, U) see the tokens of `memory` (B, S, D) of the same document.
+
+    Where documents of one side alone are given, all on the other is document 0; without the decoder's, what is seen is
+    the same for all its tokens, and a cache keeps it.
+    """
+    if documents is None and decoder_documents is None:
+        return Across(Visible(None, causal=False), some=None)
+    kept = cache if decoder_documents is None else None
+    if kept is not None and kept.across is not None:
+        return kept.across
+    if documents is None:
+        documents = memory.new_zeros(memory.shape[:2], dtype=torch.long)
+    if decoder_documents is None:
+        decoder_documents = torch.zeros_like(documents[:, :1])
+    mask = decoder_documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, U or 1, S)
     some = mask.any(-1, keepdim=True)
     # a softmax over nothing may be NaN: who has nothing to see is let see all, and what comes of it is made zero
-    return Across(Visible(mask | ~some, causal=False), some[:, 0])
+    across = Across(Visible(mask | ~some, causal=False), some[:, 0])
+    if kept is not None:
+        kept.across = across if not some.all() else Across(across.seen, some=None)
+    return across
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0, scale: float | None = None) -> Tensor:
@@ -283,8 +317,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
 def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the weights of attention are few enough for a CPU that holding them costs less than making them twice."""
     return (
-        q.device.type == "cpu"
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
+        and q.device.type == "cpu"
         and q.shape[1] == k.shape[1]
         and q.dtype == k.dtype == v.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

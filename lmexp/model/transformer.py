@@ -231,12 +231,7 @@ class Transformer(nn.Module):
         follow what it holds, and are added to it; it belongs to one `memory`.
         """
         seen = visible(decoder_tokens, decoder_documents, cache)
-        across = Across(Visible(None, causal=False), some=None)
-        if documents is not None or decoder_documents is not None:
-            across = see_across(
-                memory.new_zeros(memory.shape[:2], dtype=torch.long) if documents is None else documents,
-                torch.zeros_like(decoder_tokens) if decoder_documents is None else decoder_documents,
-            )
+        across = see_across(memory, documents, decoder_documents, cache)
         return self.decoder(self.decoder_embed(decoder_tokens), memory, seen, across, decoder_positions, cache)
 
     def flops_per_token(self, length: int) -> float:
@@ -389,7 +384,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, seen: Visible, cache: CrossCache | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, E)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         mixed = attend(q, k, v, seen, self.weight_dropout if self.training else 0.0)  # (B, T, D)
@@ -412,7 +407,7 @@ class CrossAttention(nn.Module):
             k, v = cache.cross[self.layer]
         else:
             kv = self.kv(memory).unflatten(-1, (2, self.n_heads, -1))  # (B, S, 2, H, E)
-            k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # (B, H, S, E)
+            k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, S, E)
             if cache is not None:
                 cache.cross.append((k, v))
         mixed = attend(q, k, v, across.seen, self.weight_dropout if self.training else 0.0)  # (B, U, D)

@@ -238,7 +238,8 @@ def test_documents_see_their_own_numbers(name):
 
 
 def test_no_softmax_is_over_nothing():
-    across = see_across(torch.tensor([[0, 0, 1], [0, -1, -1]]), torch.tensor([[0, 1, 2, -1], [0, 0, 3, -1]]))
+    documents = torch.tensor([[0, 0, 1], [0, -1, -1]])
+    across = see_across(torch.zeros(2, 3, 4), documents, torch.tensor([[0, 1, 2, -1], [0, 0, 3, -1]]), None)
     assert across.some[..., 0].tolist() == [[True, True, False, False], [True, True, False, True]]
     assert across.seen.mask.any(-1).all()
 
