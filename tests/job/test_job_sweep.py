@@ -9,7 +9,9 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +182,30 @@ def test_a_sweep_over_submitit(tmp_path: Path) -> None:
     assert (found["0.01"].status, found["0.02"].status) == ("failed", "done")
     assert "planted crash" in found["0.01"].said
     here = sweep(*sweeping(tmp_path, "optimizer.lr=0.02", *over[2:]))
+    assert "1 jobs, 1 of them done already" in here.stdout
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[None]:
+    """A cluster of one machine."""
+    pytest.importorskip("ray")
+    ray = Path(sys.executable).with_name("ray")
+    quiet = {"env": environment(()), "capture_output": True, "check": True, "timeout": 120}
+    where = ("--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats")
+    subprocess.run([ray, "start", *where], **quiet)
+    yield
+    subprocess.run([ray, "stop", "--force"], **quiet)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_ray(tmp_path: Path, ray_head: None) -> None:
+    over = ("hydra/launcher=ray_cluster", *planted(crash="[0.01,1]", spoil="[9,9]"))
+    done = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02", *over))
+    assert done.returncode == 1, done.stderr
+    found = {e.point["optimizer.lr"]: e for e in Ledger(tmp_path / "sweep").entries()}
+    assert (found["0.01"].status, found["0.02"].status) == ("failed", "done")
+    assert "planted crash" in found["0.01"].said
+    here = sweep(*sweeping(tmp_path, "optimizer.lr=0.02", *over[1:]))
     assert "1 jobs, 1 of them done already" in here.stdout
 
 
