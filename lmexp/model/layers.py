@@ -72,8 +72,8 @@ class _RMS(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_y: Tensor) -> tuple[Tensor | None, ...]:
         """LayerNorm's, at mean 0 and this scale, also takes the mean of the gradient away, which is put back."""
-        (d,), (x, scale, weight), width = d_y, ctx.saved_tensors, ctx.saved_tensors[0].shape[-1]
-        mean = torch.zeros_like(scale)
+        (d,), (x, scale, weight) = d_y, ctx.saved_tensors
+        width, mean = x.shape[-1], torch.zeros_like(scale)
         needed = [True, weight is not None, False]
         d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(d, x, [width], mean, scale, weight, None, needed)
         total = d.sum(-1, keepdim=True) if weight is None else (d @ weight)[..., None]
