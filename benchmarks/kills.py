@@ -30,7 +30,7 @@ def lives(folder: Path, devices: int, kills: int, terms: int) -> tuple[str, ...]
     moments = random.Random(devices)
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     moments.shuffle(signals)
-    steps = 40 * len(signals)
+    steps = 45 * len(signals)  # validation comes every 15
     args = arguments(folder, *(["trainer=ddp_sim"] if devices == 2 else []), steps=steps)
     whole = run(*args, f"paths.run_dir={folder / 'whole'}")
     if whole.returncode:

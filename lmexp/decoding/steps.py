@@ -60,7 +60,7 @@ class _Continuations:
         # rows end together: shorter prompts are padded at the left, and the padding is a document of its own, -1
         self.tokens = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.int64, device=device)
         self.pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        self.padded = any(len(prompt) < width for prompt in prompts)
+        self.padding = width - min(len(prompt) for prompt in prompts)
         for row, prompt in enumerate(prompts):
             self.tokens[row, width - len(prompt) : width] = torch.tensor(list(prompt), device=device)
         self.room = min(model.max_length, width + max_new_tokens)
@@ -78,7 +78,7 @@ class _Continuations:
     def _hidden(self, start: int) -> Tensor:
         """Hidden states of the columns from `start` on; without a cache these are all that is seen."""
         tokens = self.tokens[:, start : self.width]
-        if not self.padded:
+        if self.padding <= (start if self.cache is None else 0):
             return self.model(tokens, cache=self.cache)
         pads = self.pads if self.cache is not None else (self.pads - start).clamp_min(0)
         offset = start if self.cache is not None else 0

@@ -98,10 +98,10 @@ def _keep_freed_memory() -> None:
     time of a small model's step. Blocks above 32 MiB are still given back. Other C libraries, and one that the
     environment has settings for, are left alone.
     """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+    if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -104,8 +104,9 @@ class _ReLUSquared(torch.autograd.Function):
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in the memory of y, which a sublayer has just made and nothing else reads."""
-    return y.add_(x) if y.dtype == x.dtype else x + y
+    """x + y, in the memory of y, which a sublayer has just made and nothing else reads; not where that is a view of
+    another tensor, whose gradient costs more than this saves."""
+    return y.add_(x) if y.dtype == x.dtype and not y._is_view() else x + y
 
 
 class FusedLinear(nn.Linear):
@@ -521,24 +522,25 @@ class _ChunkedLoss(torch.autograd.Function):
         h, w, b = (t if t is None or dtype is None else t.to(dtype) for t in (hidden, weight, bias))
         assert h is not None
         assert w is not None
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight)
-        d_bias = None if bias is None else torch.zeros_like(bias)
+        # a frozen head, as under adapters, needs none of its own
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, y, d_rows in zip(
-                h.chunk(n_chunks), labels.chunk(n_chunks), d_hidden.chunk(n_chunks), strict=True
-            ):
+            pieces = h.chunk(n_chunks)
+            d_pieces = [None] * len(pieces) if d_hidden is None else d_hidden.chunk(n_chunks)
+            for rows, y, d_rows in zip(pieces, labels.chunk(n_chunks), d_pieces, strict=True):
                 losses, d_logits = chunk(rows, w, b, y, softcap, True)
                 total = total + losses.sum()
                 # positions that are not scored are left out where that is D numbers each, not V
                 scored = (y != IGNORE_INDEX).to(rows.dtype)[:, None]
-                torch.mul(d_logits @ w, scored, out=d_rows)
-                rows = rows * scored
-                if d_weight.dtype == d_logits.dtype:
-                    d_weight.addmm_(d_logits.mT, rows)
-                else:
-                    d_weight += d_logits.mT @ rows  # summed in the weight's own precision
+                if d_rows is not None:
+                    torch.mul(d_logits @ w, scored, out=d_rows)
+                if d_weight is not None and d_weight.dtype == d_logits.dtype:
+                    d_weight.addmm_(d_logits.mT, rows * scored)
+                elif d_weight is not None:
+                    d_weight += d_logits.mT @ (rows * scored)  # summed in the weight's own precision
                 if d_bias is not None:
                     d_bias += (scored.mT @ d_logits)[0]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)

@@ -39,7 +39,7 @@ from lmexp.model.layers import (
 )
 
 POSITIONS = ("sinusoidal", "sinusoidal_halves", "learned")
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu, "swish": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu}
 
 
 @dataclass(frozen=True)

@@ -188,13 +188,17 @@ def test_a_sweep_over_submitit(tmp_path: Path) -> None:
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[None]:
     """A cluster of one machine."""
-    pytest.importorskip("ray")
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     ray = Path(sys.executable).with_name("ray")
     quiet = {"env": environment(()), "capture_output": True, "check": True, "timeout": 120}
+    if subprocess.run([ray, "status"], capture_output=True, timeout=120).returncode == 0:
+        pytest.skip("a Ray cluster is up here, which this test would join and end")
     where = ("--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats")
-    subprocess.run([ray, "start", *where], **quiet)
-    yield
-    subprocess.run([ray, "stop", "--force"], **quiet)
+    try:
+        subprocess.run([ray, "start", *where], **quiet)
+        yield
+    finally:
+        subprocess.run([ray, "stop", "--force"], **quiet)
 
 
 @pytest.mark.slow
