@@ -21,6 +21,7 @@ from pathlib import Path
 from measure import ROOT, head, median, table
 
 sys.path.insert(0, str(ROOT))
+from lmexp.run.checkpoint import step_file
 from tests.job.test_job_resume import arguments, compare, start, steps_saved
 from tests.runs import checkpoint, run
 
@@ -64,9 +65,8 @@ def lives(folder: Path, devices: int, kills: int, terms: int) -> tuple[str, ...]
         after = steps_saved(parts)
         assert after >= before, "an earlier checkpoint than before"
         if after:
-            last = checkpoint(parts)["global_step"]
-            assert last >= before
-            lost.append(last - before)
+            assert checkpoint(parts, step_file(after))["global_step"] == after
+            lost.append(after - before)
     done = run(*args)
     if done.returncode:
         sys.exit(done.stderr)
