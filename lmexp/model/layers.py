@@ -106,7 +106,9 @@ class _ReLUSquared(torch.autograd.Function):
 def residual(x: Tensor, y: Tensor) -> Tensor:
     """x + y, in the memory of y, which a sublayer has just made and nothing else reads; not where that is a view of
     another tensor, whose gradient costs more than this saves."""
-    return y.add_(x) if y.dtype == x.dtype and not y._is_view() else x + y
+    if torch.compiler.is_compiling() or y.dtype != x.dtype or y._is_view():
+        return x + y
+    return y.add_(x)
 
 
 class FusedLinear(nn.Linear):
