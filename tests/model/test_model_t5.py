@@ -436,7 +436,7 @@ def test_a_start_outside_the_vocabulary_is_refused():
 @pytest.mark.parametrize("name", ["v1", "v1_1"])
 def test_compiled_in_place(name):
     plain, compiled = build(name).float(), build(name).float()
-    compiled.compile(fullgraph=True)
+    compiled.compile()
     compiled.head.compile()
     tokens, decoder_tokens = random_tokens(2, 9), random_tokens(2, 8)
     documents = torch.tensor([[0] * 9, [0] * 4 + [1] * 3 + [-1] * 2])

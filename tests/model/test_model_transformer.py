@@ -463,7 +463,7 @@ def test_start_is_in_the_vocabulary():
 @pytest.mark.parametrize("name", ["published", "bart"])
 def test_compiled_in_place(name):
     plain, compiled = build(name).float(), build(name).float()
-    compiled.compile(fullgraph=True)
+    compiled.compile()
     compiled.head.compile()
     tokens, decoder_tokens = torch.randint(0, 29, (2, 9)), torch.randint(0, 29, (2, 7))
     documents = torch.tensor([[0] * 9, [0] * 5 + [-1] * 4])
