@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from measure import ROOT, head, median, table
@@ -40,8 +41,8 @@ def lives(folder: Path, devices: int, kills: int, terms: int) -> tuple[str, ...]
     args += [f"paths.run_dir={parts}", "resume=auto"]
     started = time.monotonic()
     start_up = 8.0  # seconds from a start to the first checkpoint of a life, measured as we go
-    lost: list[int] = []
-    exits = {75: 0, -15: 0}
+    lasted: list[int] = []  # steps that each life left saved
+    exits: Counter[int] = Counter()  # of SIGTERM
     early = 0
     for number in signals:
         before = steps_saved(parts)
@@ -60,20 +61,20 @@ def lives(folder: Path, devices: int, kills: int, terms: int) -> tuple[str, ...]
         process.send_signal(number)
         code = process.wait()
         if number == signal.SIGTERM:
-            exits[code] = exits.get(code, 0) + 1
+            exits[code] += 1
         time.sleep(0.5 if devices == 2 else 0)  # ranks follow the process that launched them
         after = steps_saved(parts)
         assert after >= before, "an earlier checkpoint than before"
         if after:
             assert checkpoint(parts, step_file(after))["global_step"] == after
-            lost.append(after - before)
+            lasted.append(after - before)
     done = run(*args)
     if done.returncode:
         sys.exit(done.stderr)
     compare(folder / "whole", parts, steps)
-    told = ", ".join(f"{n} with {code}" for code, n in sorted(exits.items()) if n)
+    told = ", ".join(f"{n} with {code}" for code, n in sorted(exits.items()))
     spent = f"{time.monotonic() - started:.0f}"
-    return (str(devices), str(kills), str(terms), str(early), told, f"{median(lost):.0f}", str(steps), "equal", spent)
+    return (str(devices), str(kills), str(terms), str(early), told, f"{median(lasted):.0f}", str(steps), "equal", spent)
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def main() -> None:
             rows.append(lives(Path(name), devices, options.kills, options.terms))
             print(rows[-1], flush=True)
     print(head("Killed again and again"))
-    columns = ("processes", "SIGKILL", "SIGTERM", "of them while starting", "SIGTERM ended")
+    columns = ("processes", "SIGKILL", "SIGTERM", "of both while starting", "SIGTERM ended")
     print(table((*columns, "steps of a life, median", "steps", "result", "seconds"), rows))
 
 

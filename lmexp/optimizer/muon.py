@@ -187,9 +187,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), members in buckets.items():
-            batch = orthogonalize(
-                torch.cat([piece for _, piece in members]), group["steps"], group.get("precondition", False)
-            )
+            precondition = group.get("precondition", False)  # groups of earlier checkpoints have no such key
+            batch = orthogonalize(torch.cat([piece for _, piece in members]), group["steps"], precondition)
             spectral = group["scale"] == "spectral"
             size = max(1.0, rows / columns) ** 0.5 if spectral else 0.2 * max(rows, columns) ** 0.5
             targets = [target for target, _ in members]

@@ -171,18 +171,23 @@ def test_a_sweep_grows_and_runs_only_what_is_missing(tmp_path: Path) -> None:
     assert [e.status for e in Ledger(tmp_path / "basic").entries()] == ["done"]
 
 
+def check_launcher(folder: Path, *launcher: str) -> None:
+    """Another launcher's jobs write into the same ledger, and a sweep here knows what they did."""
+    planting = planted(crash="[0.01,1]", spoil="[9,9]")
+    done = sweep(*sweeping(folder, "optimizer.lr=0.01,0.02", *launcher, *planting))
+    assert done.returncode == 1, done.stderr
+    found = {e.point["optimizer.lr"]: e for e in Ledger(folder / "sweep").entries()}
+    assert (found["0.01"].status, found["0.02"].status) == ("failed", "done")
+    assert "planted crash" in found["0.01"].said
+    here = sweep(*sweeping(folder, "optimizer.lr=0.02", *planting))
+    assert "1 jobs, 1 of them done already" in here.stdout
+
+
 @pytest.mark.slow
 def test_a_sweep_over_submitit(tmp_path: Path) -> None:
     """The launcher for SLURM, by its executor for the machine at hand; its jobs write into the same ledger."""
     pytest.importorskip("submitit")
-    over = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", *planted(crash="[0.01,1]", spoil="[9,9]"))
-    done = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02", *over))
-    assert done.returncode == 1, done.stderr
-    found = {e.point["optimizer.lr"]: e for e in Ledger(tmp_path / "sweep").entries()}
-    assert (found["0.01"].status, found["0.02"].status) == ("failed", "done")
-    assert "planted crash" in found["0.01"].said
-    here = sweep(*sweeping(tmp_path, "optimizer.lr=0.02", *over[2:]))
-    assert "1 jobs, 1 of them done already" in here.stdout
+    check_launcher(tmp_path, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
 
 
 @pytest.fixture
@@ -203,14 +208,7 @@ def ray_head(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_sweep_over_ray(tmp_path: Path, ray_head: None) -> None:
-    over = ("hydra/launcher=ray_cluster", *planted(crash="[0.01,1]", spoil="[9,9]"))
-    done = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02", *over))
-    assert done.returncode == 1, done.stderr
-    found = {e.point["optimizer.lr"]: e for e in Ledger(tmp_path / "sweep").entries()}
-    assert (found["0.01"].status, found["0.02"].status) == ("failed", "done")
-    assert "planted crash" in found["0.01"].said
-    here = sweep(*sweeping(tmp_path, "optimizer.lr=0.02", *over[1:]))
-    assert "1 jobs, 1 of them done already" in here.stdout
+    check_launcher(tmp_path, "hydra/launcher=ray_cluster")
 
 
 @pytest.mark.slow
