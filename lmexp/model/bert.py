@@ -22,6 +22,7 @@ from lmexp.model.layers import (
     Rotary,
     Visible,
     attend,
+    attend_to_self,
     check_fraction,
     check_heads,
     check_positive,
@@ -279,11 +280,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None, seen: Visible) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
-        q, k, v = qkv.unbind(2)
-        if tables is not None:
+        dropout = self.attention_dropout if self.training else 0.0
+        if tables is None:
+            mixed = attend_to_self(qkv, seen, None, 0, dropout)  # (B, T, D)
+        else:
+            q, k, v = qkv.unbind(2)
             q, k = rotate(q, tables), rotate(k, tables)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
-        mixed = attend(q, k, v, seen, self.attention_dropout if self.training else 0.0)  # (B, T, D)
+            mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, dropout)
         return F.dropout(self.output(mixed), self.dropout, self.training)
 
 

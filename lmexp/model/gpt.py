@@ -20,7 +20,7 @@ from lmexp.model.layers import (
     Head,
     KVCache,
     Visible,
-    attend,
+    attend_to_self,
     check_fraction,
     check_heads,
     check_positive,
@@ -162,10 +162,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seen: Visible, cache: KVCache | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, E)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, E)
-        mixed = attend(q, k, v, seen, self.dropout if self.training else 0.0)  # (B, T, D)
+        mixed = attend_to_self(qkv, seen, cache, self.layer, self.dropout if self.training else 0.0)  # (B, T, D)
         return F.dropout(self.output(mixed), self.dropout, self.training)
 
 

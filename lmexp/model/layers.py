@@ -7,7 +7,7 @@ D model width, V vocabulary, N positions of all sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -301,9 +301,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     for record in _recording:
         record.append(_attention_weights(q, k, seen, scale))
     if dropout == 0 and _short_on_cpu(q, k, v):
-        mixed = _ShortAttention.apply(q, k, v, seen.mask, seen.causal, q.shape[-1] ** -0.5 if scale is None else scale)
-        assert isinstance(mixed, Tensor)
-        return mixed.transpose(1, 2).flatten(2)
+        return _attend_short((q[None], k[None], v[None]), seen, scale)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -315,6 +313,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_to_self(
+    qkv: Tensor, seen: Visible, cache: KVCache | None, layer: int, dropout: float, scale: float | None = None
+) -> Tensor:
+    """`attend` with queries, keys and values of one product, (B, T, 3, H, E), behind what a cache holds of the layer;
+    returns (B, T, H * E)."""
+    if cache is None:
+        return _attend_fused((qkv,), seen, dropout, scale)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, E)
+    k, v = cache.append(layer, k, v)  # (B, H, S, E)
+    return attend(q, k, v, seen, dropout, scale)
+
+
+def attend_to_memory(
+    q: Tensor,
+    kv: nn.Module,
+    memory: Tensor,
+    across: Across,
+    cache: CrossCache | None,
+    layer: int,
+    dropout: float,
+    scale: float | None = None,
+) -> Tensor:
+    """`attend` of queries (B, U, H, E) to what `kv`, (B, S, D) to (B, S, 2 * H * E), makes of a memory (B, S, D);
+    returns (B, U, H * E), zeros where nothing is seen. A cache keeps the layer's keys and values."""
+    if cache is None:
+        made = kv(memory).unflatten(-1, (2, *q.shape[2:]))  # (B, S, 2, H, E)
+        mixed = _attend_fused((q.unsqueeze(2), made), across.seen, dropout, scale)
+    else:
+        if layer == len(cache.cross):
+            k, v = kv(memory).unflatten(-1, (2, *q.shape[2:])).permute(2, 0, 3, 1, 4)  # (B, H, S, E)
+            cache.cross.append((k, v))
+        mixed = attend(q.transpose(1, 2), *cache.cross[layer], across.seen, dropout, scale)
+    return mixed if across.some is None else mixed * across.some
+
+
+def _attend_fused(fused: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
+    """`attend` with tensors (B, T or S, n, H, E) that hold queries, keys and values, in this order."""
+    parts = [x.permute(2, 0, 3, 1, 4) for x in fused]  # (n, B, H, T or S, E)
+    if dropout == 0 and not _recording and _short_on_cpu(parts[0][0], parts[-1][0], parts[-1][-1]):
+        return _attend_short(parts, seen, scale)
+    q, k, v = (x for part in parts for x in part)
+    return attend(q, k, v, seen, dropout, scale)
 
 
 def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -330,43 +372,56 @@ def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def _attend_short(parts: Sequence[Tensor], seen: Visible, scale: float | None) -> Tensor:
+    mixed = _ShortAttention.apply(
+        seen.mask, seen.causal, parts[0].shape[-1] ** -0.5 if scale is None else scale, *parts
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed.transpose(1, 2).flatten(2)
+
+
 class _ShortAttention(torch.autograd.Function):
     """Attention that keeps its weights for the backward pass, whose mask may have a gradient (T5's biases).
 
     Of torch's kernels for CPUs, the one without weights takes longer here, and the one for masks that need a gradient
-    looks for rows that see nothing, of which there are none.
+    looks for rows that see nothing, of which there are none. Queries, keys and values come in tensors (n, B, H, T or
+    S, E) of one or several of them, so that those of one product are brought into line at once, and so are their
+    gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-        (n_batch, n_heads, n_queries, _), n_keys = q.shape, k.shape[2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * H, T or S, E)
-        scores = torch.bmm(q, k.mT)
-        if scale != 1:
-            scores *= scale
+    def forward(ctx: Any, mask: Tensor | None, causal: bool, scale: float, *parts: Tensor) -> Tensor:
+        lined = [x.flatten(1, 2) for x in parts]  # (n, B * H, T or S, E)
+        q, k, v = (x for part in lined for x in part)
+        heads, n_queries, n_keys = parts[0].shape[1:3], q.shape[1], k.shape[1]
+        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+        apart = scores.view(*heads, n_queries, n_keys)
         if causal:
             scores += scores.new_full((n_queries, n_keys), -math.inf).triu(1)
         elif mask is not None and mask.dtype == torch.bool:
-            scores.view(n_batch, n_heads, n_queries, n_keys).masked_fill_(~mask, -math.inf)
+            apart.masked_fill_(~mask, -math.inf)
         elif mask is not None:
-            scores.view(n_batch, n_heads, n_queries, n_keys).add_(mask)
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale, ctx.heads, ctx.mask_shape = scale, (n_batch, n_heads), None if mask is None else mask.shape
-        return torch.bmm(weights, v).unflatten(0, ctx.heads)
+            apart.add_(mask)
+        weights = torch.softmax(scores, -1, out=scores)
+        ctx.save_for_backward(weights, *lined)
+        ctx.scale, ctx.heads, ctx.mask_shape = scale, heads, None if mask is None else mask.shape
+        return torch.bmm(weights, v).unflatten(0, heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
+        weights, *lined = ctx.saved_tensors
         d = d_out[0].flatten(0, 1)
-        d_v = torch.bmm(weights.mT, d)
-        d_scores = torch._softmax_backward_data(torch.bmm(d, v.mT), weights, -1, weights.dtype)
-        d_mask = d_scores.unflatten(0, ctx.heads).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
-        if ctx.scale != 1:
-            d_scores = d_scores * ctx.scale  # d_mask may be a view of it
-        d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)
-        return *(x.unflatten(0, ctx.heads) for x in (d_q, d_k, d_v)), d_mask, None, None
+        d_lined = [torch.empty_like(x) for x in lined]
+        q, k, v = (x for part in lined for x in part)
+        d_q, d_k, d_v = (x for part in d_lined for x in part)
+        torch.bmm(weights.mT, d, out=d_v)
+        d_weights = torch.bmm(d, v.mT)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
+        d_mask = d_scores.unflatten(0, ctx.heads).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[0] else None
+        torch.baddbmm(d_q, d_scores, k, beta=0, alpha=ctx.scale, out=d_q)
+        torch.baddbmm(d_k, d_scores.mT, q, beta=0, alpha=ctx.scale, out=d_k)
+        return d_mask, None, None, *(x.unflatten(1, ctx.heads) for x in d_lined)
 
 
 _recording: list[list[Tensor]] = []

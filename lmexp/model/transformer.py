@@ -26,7 +26,8 @@ from lmexp.model.layers import (
     FusedLinear,
     Head,
     Visible,
-    attend,
+    attend_to_memory,
+    attend_to_self,
     check_fraction,
     check_heads,
     check_positive,
@@ -384,10 +385,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, seen: Visible, cache: CrossCache | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, E)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        mixed = attend(q, k, v, seen, self.weight_dropout if self.training else 0.0)  # (B, T, D)
+        dropout = self.weight_dropout if self.training else 0.0
+        mixed = attend_to_self(qkv, seen, cache, self.layer, dropout)  # (B, T, D)
         return F.dropout(self.output(mixed), self.dropout, self.training)
 
 
@@ -402,17 +401,9 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(c.d_model, c.d_model)
 
     def forward(self, x: Tensor, memory: Tensor, across: Across, cache: CrossCache | None) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, U, E)
-        if cache is not None and self.layer < len(cache.cross):
-            k, v = cache.cross[self.layer]
-        else:
-            kv = self.kv(memory).unflatten(-1, (2, self.n_heads, -1))  # (B, S, 2, H, E)
-            k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, S, E)
-            if cache is not None:
-                cache.cross.append((k, v))
-        mixed = attend(q, k, v, across.seen, self.weight_dropout if self.training else 0.0)  # (B, U, D)
-        if across.some is not None:
-            mixed = mixed * across.some
+        q = self.q(x).unflatten(-1, (self.n_heads, -1))  # (B, U, H, E)
+        dropout = self.weight_dropout if self.training else 0.0
+        mixed = attend_to_memory(q, self.kv, memory, across, cache, self.layer, dropout)  # (B, U, D)
         return F.dropout(self.output(mixed), self.dropout, self.training)
 
 

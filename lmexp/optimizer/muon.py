@@ -176,23 +176,30 @@ class MuonAdamW(torch.optim.Optimizer):
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         averages = [local(self.state[p]["momentum"]) for p in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
-        updates = [whole_from(update, p) for update, p in zip(updates, parameters, strict=True)]
-        targets_of = [torch.zeros_like(u) if is_in_pieces(p) else p for u, p in zip(updates, parameters, strict=True)]
+        ahead = group["momentum"] if group["nesterov"] else 1.0  # of the way from the gradient to the average
+        targets_of = [
+            torch.zeros(p.shape, dtype=p.dtype, device=p.device) if is_in_pieces(p) else p for p in parameters
+        ]
 
-        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for p, goal, update in zip(parameters, targets_of, updates, strict=True):
-            for target, piece in zip(self._split(p, goal), self._split(p, update), strict=True):
-                buckets.setdefault((piece.shape[1], piece.shape[2]), []).append((target, piece))
+        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for p, goal, gradient, average in zip(parameters, targets_of, gradients, averages, strict=True):
+            if goal is not p:
+                gradient = average = whole_from(torch.lerp(gradient, average, ahead), p)
+            for members in zip(*(self._split(p, x) for x in (goal, gradient, average)), strict=True):
+                buckets.setdefault((members[0].shape[1], members[0].shape[2]), []).append(members)
         if group["weight_decay"]:
             torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
-        for (rows, columns), members in buckets.items():
+        for (rows, columns), bucket in buckets.items():
+            counts = [len(target) for target, _, _ in bucket]
+            batch = bucket[0][1].new_empty(sum(counts), rows, columns)
+            for (_, gradient, average), update in zip(bucket, batch.split(counts), strict=True):
+                torch.lerp(gradient, average, ahead, out=update)
             precondition = group.get("precondition", False)  # groups of earlier checkpoints have no such key
-            batch = orthogonalize(torch.cat([piece for _, piece in members]), group["steps"], precondition)
+            batch = orthogonalize(batch, group["steps"], precondition)
             spectral = group["scale"] == "spectral"
             size = max(1.0, rows / columns) ** 0.5 if spectral else 0.2 * max(rows, columns) ** 0.5
-            targets = [target for target, _ in members]
-            changes = list(batch.to(targets[0].dtype).split([len(t) for t in targets]))
+            targets = [target for target, _, _ in bucket]
+            changes = list(batch.to(targets[0].dtype).split(counts))
             torch._foreach_add_(targets, changes, alpha=-group["lr"] * size)
         for p, change in zip(parameters, targets_of, strict=True):
             if change is not p:
@@ -242,14 +249,16 @@ def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
     if rows > columns:
         return orthogonalize(x.mT, steps, precondition).mT
     x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
+    scale: Tensor | None = None  # of the rows of x, where it is not yet in x
     if precondition:
         gram = x @ x.mT
         scale = (gram.abs().sum(-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
-        x, gram = x * scale, gram * scale * scale.mT
+        gram = gram * scale * scale.mT
     else:
         x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
         gram = x @ x.mT
-    if columns < 2 * rows or x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 or (steps > 1 and columns < 2 * rows):
+        x = x if scale is None else x * scale
         for step, (a, b, c) in enumerate(_stretched(steps)):
             gram = x @ x.mT if step else gram
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -262,7 +271,7 @@ def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
         if step < steps - 1:
             gram = p @ gram @ p
     assert product is not None
-    return product @ x
+    return (product if scale is None else product * scale.mT) @ x
 
 
 def _stretched(steps: int) -> list[tuple[float, float, float]]:
