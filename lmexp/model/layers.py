@@ -77,7 +77,7 @@ class _RMS(torch.autograd.Function):
         needed = [True, weight is not None, False]
         d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(d, x, [width], mean, scale, weight, None, needed)
         total = d.sum(-1, keepdim=True) if weight is None else (d @ weight)[..., None]
-        return d_x.addcmul_(scale, total, value=1 / width), d_weight if needed[1] else None, None
+        return d_x.add_(scale * total / width), d_weight if needed[1] else None, None
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -581,7 +581,7 @@ class _ChunkedLoss(torch.autograd.Function):
         assert w is not None
         # a frozen head, as under adapters, needs none of its own
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -594,10 +594,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 scored = (y != IGNORE_INDEX).to(rows.dtype)[:, None]
                 if d_rows is not None:
                     torch.mul(d_logits @ w, scored, out=d_rows)
-                if d_weight is not None and d_weight.dtype == d_logits.dtype:
-                    d_weight.addmm_(d_logits.mT, rows * scored)
-                elif d_weight is not None:
-                    d_weight += d_logits.mT @ (rows * scored)  # summed in the weight's own precision
+                if ctx.needs_input_grad[1]:
+                    d_weight = _summed(d_weight, d_logits.mT, rows * scored, weight.dtype)
                 if d_bias is not None:
                     d_bias += (scored.mT @ d_logits)[0]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -606,9 +604,17 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # the gradients are scaled, not looked at: a test for 1 would make the host wait for the device
-        scaled = tuple(None if g is None else g * d_loss[0].to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+        gradients, d = ctx.saved_tensors, d_loss[0]
+        if d.device.type != "cpu" or d != 1:  # another device would make the host wait for the test
+            gradients = tuple(None if g is None else g * d.to(g.dtype) for g in gradients)
+        return (*gradients, None, None, None, None, None)
+
+
+def _summed(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in `dtype`, in place; a total of None is 0."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 def check_heads(name: str, d_model: int, n_heads: int) -> None:

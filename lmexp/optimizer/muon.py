@@ -172,38 +172,36 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        # a device averages its own pieces, and sees the whole of a matrix to orthogonalise it
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        averages = [local(self.state[p]["momentum"]) for p in parameters]
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = group["momentum"] if group["nesterov"] else 1.0  # of the way from the gradient to the average
-        targets_of = [
-            torch.zeros(p.shape, dtype=p.dtype, device=p.device) if is_in_pieces(p) else p for p in parameters
-        ]
-
         buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for p, goal, gradient, average in zip(parameters, targets_of, gradients, averages, strict=True):
-            if goal is not p:
+        changes: list[tuple[nn.Parameter, Tensor]] = []  # of those in pieces
+        for p in parameters:
+            assert p.grad is not None
+            goal: Tensor = p
+            gradient, average = local(p.grad), local(self.state[p]["momentum"])
+            if is_in_pieces(p):  # a device averages its own pieces, and sees the whole of a matrix to orthogonalise it
+                average.lerp_(gradient, 1 - group["momentum"])
                 gradient = average = whole_from(torch.lerp(gradient, average, ahead), p)
+                goal = torch.zeros_like(gradient)
+                changes.append((p, goal))
             for members in zip(*(self._split(p, x) for x in (goal, gradient, average)), strict=True):
                 buckets.setdefault((members[0].shape[1], members[0].shape[2]), []).append(members)
         if group["weight_decay"]:
             torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), bucket in buckets.items():
-            counts = [len(target) for target, _, _ in bucket]
-            batch = bucket[0][1].new_empty(sum(counts), rows, columns)
-            for (_, gradient, average), update in zip(bucket, batch.split(counts), strict=True):
-                torch.lerp(gradient, average, ahead, out=update)
-            precondition = group.get("precondition", False)  # groups of earlier checkpoints have no such key
-            batch = orthogonalize(batch, group["steps"], precondition)
             spectral = group["scale"] == "spectral"
             size = max(1.0, rows / columns) ** 0.5 if spectral else 0.2 * max(rows, columns) ** 0.5
-            targets = [target for target, _, _ in bucket]
-            changes = list(batch.to(targets[0].dtype).split(counts))
-            torch._foreach_add_(targets, changes, alpha=-group["lr"] * size)
-        for p, change in zip(parameters, targets_of, strict=True):
-            if change is not p:
-                local(p).add_(local(pieces_like(change, p)))
+            targets, gradients, averages = (list(column) for column in zip(*bucket, strict=True))
+            counts = [len(target) for target in targets]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            batch = averages[0].new_empty(sum(counts), rows, columns)
+            for gradient, average, update in zip(gradients, averages, batch.split(counts), strict=True):
+                torch.lerp(gradient, average, ahead, out=update)
+            precondition = group.get("precondition", False)  # groups of earlier checkpoints have no such key
+            batch = orthogonalize(batch, group["steps"], precondition).to(targets[0].dtype)
+            torch._foreach_add_(targets, list(batch.split(counts)), alpha=-group["lr"] * size)
+        for p, change in changes:
+            local(p).add_(local(pieces_like(change, p)))
 
     def _split(self, p: nn.Parameter, x: Tensor) -> list[Tensor]:
         """Views (n, rows, columns) of what is fused in a matrix, equal neighbours together."""
@@ -252,7 +250,7 @@ def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
     scale: Tensor | None = None  # of the rows of x, where it is not yet in x
     if precondition:
         gram = x @ x.mT
-        scale = (gram.abs().sum(-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
+        scale = (torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
         gram = gram * scale * scale.mT
     else:
         x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
