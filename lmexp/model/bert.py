@@ -275,7 +275,7 @@ class Attention(nn.Module):
     def __init__(self, c: BertConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout, self.attention_dropout = c.n_heads, c.dropout, c.attention_dropout
-        self.qkv = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * (3 * c.n_heads), bias=c.bias)
+        self.qkv = FusedLinear(c.d_model, (c.d_model,) * 3, bias=c.bias)
         self.output = nn.Linear(c.d_model, c.d_model, bias=c.bias)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None, seen: Visible) -> Tensor:

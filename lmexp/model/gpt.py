@@ -157,7 +157,7 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int) -> None:
         super().__init__()
         self.n_heads, self.dropout, self.layer = c.n_heads, c.dropout, layer
-        self.qkv = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * (3 * c.n_heads), bias=c.bias)
+        self.qkv = FusedLinear(c.d_model, (c.d_model,) * 3, bias=c.bias)
         self.output = nn.Linear(c.d_model, c.d_model, bias=c.bias)
 
     def forward(self, x: Tensor, seen: Visible, cache: KVCache | None) -> Tensor:

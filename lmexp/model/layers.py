@@ -114,8 +114,8 @@ def residual(x: Tensor, y: Tensor) -> Tensor:
 class FusedLinear(nn.Linear):
     """Several projections of one input in one matrix product.
 
-    `parts` are the rows of the weight that each of them owns, queries, keys and values of each head one by one; an
-    optimizer that treats matrices as wholes (Muon) reads it to take them apart.
+    `parts` are the rows of the weight that each of them owns; an optimizer that treats matrices as wholes (Muon)
+    reads it to take them apart.
     """
 
     def __init__(self, d_in: int, parts: tuple[int, ...], bias: bool = False) -> None:

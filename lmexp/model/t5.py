@@ -166,7 +166,7 @@ class T5(nn.Module):
                 module.weight.normal_(std=narrow)
         for module in self.modules():
             if isinstance(module, SelfAttention):
-                module.qkv.weight[: c.n_heads * c.head_width] *= c.head_width**-0.5
+                module.qkv.weight[: module.qkv.parts[0]] *= c.head_width**-0.5
             elif isinstance(module, CrossAttention):
                 module.q.weight *= c.head_width**-0.5
         self.embed.weight.normal_()  # after the head, which may be the same
@@ -361,7 +361,7 @@ class SelfAttention(nn.Module):
     def __init__(self, c: T5Config, layer: int) -> None:
         super().__init__()
         self.n_heads, self.layer, self.dropout = c.n_heads, layer, c.dropout
-        self.qkv = FusedLinear(c.d_model, (c.head_width,) * (3 * c.n_heads))
+        self.qkv = FusedLinear(c.d_model, (c.n_heads * c.head_width,) * 3)
         self.output = nn.Linear(c.n_heads * c.head_width, c.d_model, bias=False)
 
     def forward(self, x: Tensor, seen: Visible, cache: T5Cache | None) -> Tensor:
@@ -376,8 +376,8 @@ class CrossAttention(nn.Module):
     def __init__(self, c: T5Config, layer: int) -> None:
         super().__init__()
         self.n_heads, self.layer, self.dropout = c.n_heads, layer, c.dropout
-        self.q = FusedLinear(c.d_model, (c.head_width,) * c.n_heads)
-        self.kv = FusedLinear(c.d_model, (c.head_width,) * (2 * c.n_heads))
+        self.q = nn.Linear(c.d_model, c.n_heads * c.head_width, bias=False)
+        self.kv = FusedLinear(c.d_model, (c.n_heads * c.head_width,) * 2)
         self.output = nn.Linear(c.n_heads * c.head_width, c.d_model, bias=False)
 
     def forward(self, x: Tensor, memory: Tensor, across: Across, cache: T5Cache | None) -> Tensor:

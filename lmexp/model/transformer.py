@@ -183,8 +183,7 @@ class Transformer(nn.Module):
             if isinstance(module, (nn.Embedding, Head)):
                 module.weight.normal_(std=std or self.config.d_model**-0.5)
             elif isinstance(module, nn.Linear):
-                fused = isinstance(module, FusedLinear)
-                for part in module.weight.split(self.config.d_model if fused else module.out_features):
+                for part in module.weight.split(getattr(module, "parts", module.out_features)):
                     part.normal_(std=std) if std else nn.init.xavier_uniform_(part)
                 module.bias.zero_()
         if self.config.copy_init:
@@ -381,7 +380,7 @@ class SelfAttention(nn.Module):
     def __init__(self, c: TransformerConfig, layer: int = 0) -> None:
         super().__init__()
         self.n_heads, self.layer, self.dropout, self.weight_dropout = c.n_heads, layer, c.dropout, c.attention_dropout
-        self.qkv = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * (3 * c.n_heads), bias=True)
+        self.qkv = FusedLinear(c.d_model, (c.d_model,) * 3, bias=True)
         self.output = nn.Linear(c.d_model, c.d_model)
 
     def forward(self, x: Tensor, seen: Visible, cache: CrossCache | None = None) -> Tensor:
@@ -397,8 +396,8 @@ class CrossAttention(nn.Module):
     def __init__(self, c: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.n_heads, self.layer, self.dropout, self.weight_dropout = c.n_heads, layer, c.dropout, c.attention_dropout
-        self.q = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * c.n_heads, bias=True)
-        self.kv = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * (2 * c.n_heads), bias=True)
+        self.q = nn.Linear(c.d_model, c.d_model)
+        self.kv = FusedLinear(c.d_model, (c.d_model,) * 2, bias=True)
         self.output = nn.Linear(c.d_model, c.d_model)
 
     def forward(self, x: Tensor, memory: Tensor, across: Across, cache: CrossCache | None) -> Tensor:

@@ -250,7 +250,7 @@ def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
     scale: Tensor | None = None  # of the rows of x, where it is not yet in x
     if precondition:
         gram = x @ x.mT
-        scale = (gram.abs().sum(-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
+        scale = (torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
         gram = gram * scale * scale.mT
     else:
         x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
