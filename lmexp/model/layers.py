@@ -549,12 +549,23 @@ def _chunk_loss(
     if softcap is not None:
         capped = logits.div_(softcap).tanh_()
         logits = capped * softcap
-    log_p = logits.log_softmax(-1)
     index = labels.clamp_min(0)[:, None]
-    losses = torch.where(labels != IGNORE_INDEX, -log_p.gather(-1, index)[:, 0], 0.0)
+    if with_grad and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        gradient = torch.softmax(logits, -1, out=logits)  # a third of the time of a log_softmax and its exponentials
+        p = gradient.gather(-1, index)[:, 0]
+        log_p = p.log()
+        rare = (p < 1e-30).nonzero()[:, 0]  # close to what a float32 cannot hold
+        if len(rare):
+            those = _logits(hidden[rare], weight, bias, softcap).log_softmax(-1)
+            log_p[rare] = those.gather(-1, index[rare])[:, 0]
+    else:
+        gradient = logits.log_softmax(-1)
+        log_p = gradient.gather(-1, index)[:, 0]
+        if with_grad:
+            gradient = gradient.exp_()
+    losses = torch.where(labels != IGNORE_INDEX, -log_p, 0.0)
     if not with_grad:
         return losses, None
-    gradient = log_p.exp_()
     gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
     if capped is not None:
         gradient.addcmul_(gradient, capped.square_(), value=-1)  # d tanh = 1 - tanh^2

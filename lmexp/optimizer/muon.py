@@ -243,23 +243,23 @@ def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
     With `precondition`, row i of x is divided by the root of sum_j |G_ij| first, after which no singular value is
     above 1 (the rows are those of the shorter side).
     """
-    rows, columns = x.shape[-2:]
-    if rows > columns:
-        return orthogonalize(x.mT, steps, precondition).mT
+    tall = x.shape[-2] > x.shape[-1]  # then all is done from the right, on the columns
     x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
     scale: Tensor | None = None  # of the rows of x, where it is not yet in x
     if precondition:
-        gram = x @ x.mT
-        scale = (torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
+        gram = _overlaps(x, tall)
+        scale = (gram.abs().sum(-1, keepdim=True) + 1e-14).rsqrt() / SAFETY
         gram = gram * scale * scale.mT
     else:
         x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
-        gram = x @ x.mT
-    if x.dtype == torch.bfloat16 or (steps > 1 and columns < 2 * rows):
-        x = x if scale is None else x * scale
+        gram = _overlaps(x, tall)
+    if x.dtype == torch.bfloat16 or (steps > 1 and max(x.shape[-2:]) < 2 * min(x.shape[-2:])):
+        if scale is not None:
+            x = x * (scale.mT if tall else scale)
         for step, (a, b, c) in enumerate(_stretched(steps)):
-            gram = x @ x.mT if step else gram
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            gram = _overlaps(x, tall) if step else gram
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, x, p, beta=a) if tall else torch.baddbmm(x, p, x, beta=a)
         return x
     product: Tensor | None = None
     for step, (a, b, c) in enumerate(_stretched(steps)):
@@ -269,7 +269,14 @@ def orthogonalize(x: Tensor, steps: int, precondition: bool = False) -> Tensor:
         if step < steps - 1:
             gram = p @ gram @ p
     assert product is not None
-    return (product if scale is None else product * scale.mT) @ x
+    if scale is not None:
+        product = product * scale.mT
+    return x @ product.mT if tall else product @ x
+
+
+def _overlaps(x: Tensor, tall: bool) -> Tensor:
+    """Of the rows of each matrix with each other, of its columns if it is tall."""
+    return x.mT @ x if tall else x @ x.mT
 
 
 def _stretched(steps: int) -> list[tuple[float, float, float]]:
