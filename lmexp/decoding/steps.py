@@ -117,7 +117,10 @@ class _Answers:
         self.memory = model.encode(tokens, **more)
         self.cache: Any = model.new_cache(len(prompts), self.most, device, _dtype(weight))
         self.last = torch.full((len(prompts),), model.decoder_start_id, dtype=torch.int64, device=device)
-        self.prompts = torch.arange(len(prompts), device=device)  # of each row
+        self.reads = torch.arange(len(prompts), device=device)
+        """The prompt of each row."""
+        self.kept = self.reads
+        """The prompt of each text that is kept: one for as many rows each, if all have as many, else one for each."""
 
     def logits(self) -> Tensor:
         hidden = self.model.decode(self.last[:, None], self.memory, self.documents, cache=self.cache)
@@ -128,14 +131,18 @@ class _Answers:
 
     def select(self, rows: Tensor) -> None:
         self.last = self.last[rows]
-        prompts = self.prompts[rows]
-        if torch.equal(prompts, self.prompts):  # another text of the same prompt: what was read of it stays
-            self.cache.select_written(rows)
-            return
-        self.prompts, self.memory = prompts, self.memory[rows]
-        if self.documents is not None:
-            self.documents = self.documents[rows]
         self.cache.select(rows)
+        before, self.reads = self.reads, self.reads[rows]
+        if torch.equal(before, self.reads):  # each row goes on with a row of its own text: what was read of it stays
+            return
+        texts, counts = self.reads.unique_consecutive(return_counts=True)
+        if not self.cache.shares_texts or (counts != counts[0]).any():
+            texts = self.reads
+        at = (texts[:, None] == self.kept).long().argmax(1)
+        self.cache.select_texts(at)
+        self.kept, self.memory = texts, self.memory[at]
+        if self.documents is not None:
+            self.documents = self.documents[at]
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

@@ -240,7 +240,11 @@ class Past:
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[rows])
 
-    select_written = select  # what was read is part of `past`
+    shares_texts = False
+    """What was read is part of `past`, for each row."""
+
+    def select_texts(self, texts: Tensor) -> None:
+        """As a `CrossCache`'s; `select` has done it."""
 
 
 class LogitsHead(nn.Module):

@@ -164,6 +164,7 @@ class KVCache:
     ) -> None:
         """Room for `length` positions of `batch` sequences."""
         self._held = torch.zeros(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype)
+        self.dtype = self._held.dtype
         self.documents: Tensor | None = None
         self.length = 0
         self._alike = np.zeros((batch, batch), dtype=np.int64)
@@ -238,7 +239,12 @@ def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, pre
 
 
 class CrossCache(KVCache):
-    """What the decoder has seen, and the memory's keys and values, which the first step leaves here."""
+    """What the decoder has seen, and the memory's keys and values, which the first step leaves here.
+
+    Rows that read the same text stand together, as many for each text, and share what is kept of it.
+    """
+
+    shares_texts = True
 
     def __init__(
         self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
@@ -246,18 +252,14 @@ class CrossCache(KVCache):
         """Room for `length` decoder positions of `batch` rows."""
         super().__init__(n_layers, batch, n_heads, length, d_head, device, dtype)
         self.cross: list[tuple[Tensor, Tensor]] = []
-        """Of each layer, keys and values (B, H, S, E)."""
+        """Of each layer, keys and values (texts, H, S, E)."""
         self.across: Across | None = None
         """What is seen of the memory, if it is the same for all tokens."""
 
-    def select(self, rows: Tensor) -> None:
+    def select_texts(self, texts: Tensor) -> None:
+        """Go on with these texts of the memory, (n,) int64; `select` does so with the rows."""
         self.across = None
-        self.select_written(rows)
-        self.cross = [(keys[rows], values[rows]) for keys, values in self.cross]
-
-    def select_written(self, rows: Tensor) -> None:
-        """As `select`, where each row stays with the memory that it has."""
-        super().select(rows)
+        self.cross = [(keys[texts], values[texts]) for keys, values in self.cross]
 
 
 class Across(NamedTuple):
@@ -287,10 +289,13 @@ def see_across(
     mask = decoder_documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, U or 1, S)
     some = mask.any(-1, keepdim=True)
     # a softmax over nothing may be NaN: who has nothing to see is let see all, and what comes of it is made zero
-    across = Across(Visible(mask | ~some, causal=False), some[:, 0])
-    if kept is not None:
-        kept.across = across if not some.all() else Across(across.seen, some=None)
-    return across
+    seen = mask | ~some
+    if kept is None:
+        return Across(Visible(seen, causal=False), some[:, 0])
+    # what attention would make of it at each step
+    added = torch.zeros(seen.shape, device=seen.device, dtype=kept.dtype).masked_fill_(~seen, -math.inf)
+    kept.across = Across(Visible(added, causal=False), None if some.all() else some[:, 0])
+    return kept.across
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0, scale: float | None = None) -> Tensor:
@@ -346,8 +351,12 @@ def attend_to_memory(
         if layer == len(cache.cross):
             k, v = kv(memory).unflatten(-1, (2, *q.shape[2:])).permute(2, 0, 3, 1, 4)  # (B, H, S, E)
             cache.cross.append((k, v))
-        mixed = attend(q.transpose(1, 2), *cache.cross[layer], across.seen, dropout, scale)
-    return mixed if across.some is None else mixed * across.some
+        k, v = cache.cross[layer]
+        # the rows of a text as positions of one
+        mixed = attend(q.reshape(len(k), -1, *q.shape[2:]).transpose(1, 2), k, v, across.seen, dropout, scale)
+    if across.some is not None:
+        mixed = mixed * across.some
+    return mixed.view(*q.shape[:2], -1)
 
 
 def _attend_fused(fused: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:

@@ -238,8 +238,8 @@ class T5Cache(CrossCache):
 
     positions: Tensor | None = None
 
-    def select_written(self, rows: Tensor) -> None:
-        super().select_written(rows)
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
         if self.positions is not None:
             self.positions = self.positions[rows]
 

@@ -133,6 +133,27 @@ def test_loss_and_gradients(bias, softcap, n_chunks):
     torch.testing.assert_close(single.sum(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("softcap", [None, 300.0])
+def test_loss_of_labels_too_unlikely_for_float32(softcap):
+    """exp(-200) is 0 in float32, its logarithm is not."""
+    torch.manual_seed(0)
+    head = Head(8, 5, softcap=softcap)
+    hidden = 40 * torch.eye(8)[:6]
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(5, 8) * 6)
+    labels = torch.tensor([0, 1, 2, 3, 4, IGNORE_INDEX])
+    hidden.requires_grad_()
+    loss = head.loss(hidden, labels, n_chunks=2)
+    double = hidden.detach().double().requires_grad_()
+    logits = double @ head.weight.detach().double().T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    assert expected > 200
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (got,) = torch.autograd.grad(loss, [hidden])
+    torch.testing.assert_close(got.double(), torch.autograd.grad(expected, [double])[0], rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_flow_through_a_tied_weight():
     table = torch.nn.Embedding(23, 12).double()
     head = Head(12, 23, tied=table)
