@@ -26,6 +26,7 @@ from lmexp.model.layers import (
     check_fraction,
     check_heads,
     check_positive,
+    dropped,
     residual,
     rotate,
     round_up,
@@ -177,7 +178,7 @@ class Bert(nn.Module):
             assert table is not None or rows is None, f"{name} are given, the model has no embedding of them"
             if table is not None:
                 x = x + (table.weight[0] if rows is None else table(rows))
-        x = F.dropout(self.embed_norm(x), self.config.dropout, self.training)
+        x = dropped(self.embed_norm(x), self.config.dropout, self.training)
 
         # padding sees padding: a softmax over nothing would be NaN
         mask = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
@@ -287,7 +288,7 @@ class Attention(nn.Module):
             q, k, v = qkv.unbind(2)
             q, k = rotate(q, tables), rotate(k, tables)
             mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, dropout)
-        return F.dropout(self.output(mixed), self.dropout, self.training)
+        return dropped(self.output(mixed), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -306,4 +307,4 @@ class MLP(nn.Module):
             inner = F.gelu(gate) * up
         else:
             inner = F.gelu(inner)
-        return F.dropout(self.contract(inner), self.dropout, self.training)
+        return dropped(self.contract(inner), self.dropout, self.training)

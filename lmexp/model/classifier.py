@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lmexp.model.layers import dropped
 
 Pooling = Literal["first", "mean", "last"]
 _INIT_STD = 0.02  # as BERT's
@@ -53,6 +54,6 @@ class ClassifierHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits (..., classes) of vectors (..., D)."""
         if self.hidden is not None:
-            pooled = torch.tanh(self.hidden(F.dropout(pooled, self.dropout, self.training)))
-        logits: Tensor = self.output(F.dropout(pooled, self.dropout, self.training))
+            pooled = torch.tanh(self.hidden(dropped(pooled, self.dropout, self.training)))
+        logits: Tensor = self.output(dropped(pooled, self.dropout, self.training))
         return logits

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
@@ -27,6 +26,7 @@ from lmexp.model.layers import (
     check_fraction,
     check_heads,
     check_positive,
+    dropped,
     relu_squared,
     residual,
     rotate,
@@ -204,7 +204,7 @@ class Block(nn.Module):
         return residual(x, self._dropped(self.contract(relu_squared(self.expand(unit_rms(x))))))
 
     def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropped(x, self.dropout, self.training)
 
 
 class Attention(nn.Module):

@@ -24,6 +24,7 @@ from lmexp.model.layers import (
     check_fraction,
     check_heads,
     check_positive,
+    dropped,
     residual,
     round_up,
     training_flops,
@@ -119,7 +120,7 @@ class GPT(nn.Module):
         assert start + length <= self.max_length, f"{start + length} positions, the model has {self.max_length}"
         seen = visible(tokens, documents, cache, prefix)
         place = self.position.weight[start : start + length] if positions is None else self.position(positions)
-        x = F.dropout(self.embed(tokens) + place, self.config.dropout, self.training)  # (B, T, D)
+        x = dropped(self.embed(tokens) + place, self.config.dropout, self.training)  # (B, T, D)
         for block in self.blocks:
             x = block(x, seen, cache)
         if cache is not None:
@@ -163,7 +164,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, seen: Visible, cache: KVCache | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
         mixed = attend_to_self(qkv, seen, cache, self.layer, self.dropout if self.training else 0.0)  # (B, T, D)
-        return F.dropout(self.output(mixed), self.dropout, self.training)
+        return dropped(self.output(mixed), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -177,4 +178,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.gelu(self.expand(x), approximate="tanh")  # (B, T, 4 D)
-        return F.dropout(self.contract(inner), self.dropout, self.training)
+        return dropped(self.contract(inner), self.dropout, self.training)

@@ -111,6 +111,26 @@ def residual(x: Tensor, y: Tensor) -> Tensor:
     return y.add_(x)
 
 
+def dropped(x: Tensor, p: float, training: bool) -> Tensor:
+    """In training x with a share p of its numbers at 0 and all others divided by 1 - p (Srivastava et al. 2014)."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return x * _kept(x.shape, p, x.dtype)
+
+
+def _kept(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies with on a CPU, whose own generator takes most of a dropout's time: 0 with probability p,
+    to within 2^-17, else the inverse of the share that is kept. All depends on torch's generator, by a seed."""
+    share = round(p * 2**16)  # of 2^16 equally likely numbers
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    n = math.prod(shape)
+    drawn = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.int16)[:n]
+    kept = torch.from_numpy(drawn) >= share - 2**15
+    return kept.to(dtype).mul_(2**16 / (2**16 - share)).view(shape)
+
+
 class FusedLinear(nn.Linear):
     """Several projections of one input in one matrix product.
 
@@ -305,8 +325,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     """
     for record in _recording:
         record.append(_attention_weights(q, k, seen, scale))
-    if dropout == 0 and _short_on_cpu(q, k, v):
-        return _attend_short((q[None], k[None], v[None]), seen, scale)
+    if _short_on_cpu(q, k, v):
+        return _attend_short((q[None], k[None], v[None]), seen, dropout, scale)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -362,8 +382,8 @@ def attend_to_memory(
 def _attend_fused(fused: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
     """`attend` with tensors (B, T or S, n, H, E) that hold queries, keys and values, in this order."""
     parts = [x.permute(2, 0, 3, 1, 4) for x in fused]  # (n, B, H, T or S, E)
-    if dropout == 0 and not _recording and _short_on_cpu(parts[0][0], parts[-1][0], parts[-1][-1]):
-        return _attend_short(parts, seen, scale)
+    if not _recording and _short_on_cpu(parts[0][0], parts[-1][0], parts[-1][-1]):
+        return _attend_short(parts, seen, dropout, scale)
     q, k, v = (x for part in parts for x in part)
     return attend(q, k, v, seen, dropout, scale)
 
@@ -381,10 +401,9 @@ def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _attend_short(parts: Sequence[Tensor], seen: Visible, scale: float | None) -> Tensor:
-    mixed = _ShortAttention.apply(
-        seen.mask, seen.causal, parts[0].shape[-1] ** -0.5 if scale is None else scale, *parts
-    )
+def _attend_short(parts: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
+    scale = parts[0].shape[-1] ** -0.5 if scale is None else scale
+    mixed = _ShortAttention.apply(seen.mask, seen.causal, scale, dropout, *parts)
     assert isinstance(mixed, Tensor)
     return mixed.transpose(1, 2).flatten(2)
 
@@ -399,7 +418,7 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mask: Tensor | None, causal: bool, scale: float, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, mask: Tensor | None, causal: bool, scale: float, dropout: float, *parts: Tensor) -> Tensor:
         lined = [x.flatten(1, 2) for x in parts]  # (n, B * H, T or S, E)
         q, k, v = (x for part in lined for x in part)
         heads, n_queries, n_keys = parts[0].shape[1:3], q.shape[1], k.shape[1]
@@ -412,25 +431,28 @@ class _ShortAttention(torch.autograd.Function):
         elif mask is not None:
             apart.add_(mask)
         weights = torch.softmax(scores, -1, out=scores)
-        ctx.save_for_backward(weights, *lined)
+        kept = _kept(weights.shape, dropout, weights.dtype) if dropout else None
+        ctx.save_for_backward(weights, kept, *lined)
         ctx.scale, ctx.heads, ctx.mask_shape = scale, heads, None if mask is None else mask.shape
-        return torch.bmm(weights, v).unflatten(0, heads)
+        return torch.bmm(weights if kept is None else weights * kept, v).unflatten(0, heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *lined = ctx.saved_tensors
+        weights, kept, *lined = ctx.saved_tensors
         d = d_out[0].flatten(0, 1)
         d_lined = [torch.empty_like(x) for x in lined]
         q, k, v = (x for part in lined for x in part)
         d_q, d_k, d_v = (x for part in d_lined for x in part)
-        torch.bmm(weights.mT, d, out=d_v)
+        torch.bmm((weights if kept is None else weights * kept).mT, d, out=d_v)
         d_weights = torch.bmm(d, v.mT)
+        if kept is not None:
+            d_weights *= kept
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
         d_mask = d_scores.unflatten(0, ctx.heads).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[0] else None
         torch.baddbmm(d_q, d_scores, k, beta=0, alpha=ctx.scale, out=d_q)
         torch.baddbmm(d_k, d_scores.mT, q, beta=0, alpha=ctx.scale, out=d_k)
-        return d_mask, None, None, *(x.unflatten(1, ctx.heads) for x in d_lined)
+        return d_mask, None, None, None, *(x.unflatten(1, ctx.heads) for x in d_lined)
 
 
 _recording: list[list[Tensor]] = []

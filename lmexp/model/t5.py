@@ -32,6 +32,7 @@ from lmexp.model.layers import (
     check_heads,
     check_positive,
     check_start_id,
+    dropped,
     residual,
     round_up,
     see_across,
@@ -274,12 +275,12 @@ class Stack(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         scores = self.bias(start, length, positions, keys)  # the same for all layers, made once
         seen = _add_bias(seen, scores, dtype)
-        x = F.dropout(x, self.dropout, self.training)
+        x = dropped(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x, seen, memory, across, cache)
         if cache is not None:
             cache.length += length
-        return F.dropout(self.norm(x), self.dropout, self.training)
+        return dropped(self.norm(x), self.dropout, self.training)
 
 
 def _add_bias(seen: Visible, bias: Tensor, dtype: torch.dtype) -> Visible:
@@ -367,7 +368,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, seen: Visible, cache: T5Cache | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
         mixed = attend_to_self(qkv, seen, cache, self.layer, self.dropout if self.training else 0.0, scale=1.0)
-        return F.dropout(self.output(mixed), self.dropout, self.training)
+        return dropped(self.output(mixed), self.dropout, self.training)
 
 
 class CrossAttention(nn.Module):
@@ -384,7 +385,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).unflatten(-1, (self.n_heads, -1))  # (B, U, H, E)
         dropout = self.dropout if self.training else 0.0
         mixed = attend_to_memory(q, self.kv, memory, across, cache, self.layer, dropout, scale=1.0)  # (B, U, H * E)
-        return F.dropout(self.output(mixed), self.dropout, self.training)
+        return dropped(self.output(mixed), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -403,5 +404,5 @@ class MLP(nn.Module):
             inner = F.gelu(gate, approximate="tanh") * value
         else:
             inner = F.relu(inner, inplace=True)  # nothing else reads what it writes over
-        inner = F.dropout(inner, self.dropout, self.training)
-        return F.dropout(self.contract(inner), self.dropout, self.training)
+        inner = dropped(inner, self.dropout, self.training)
+        return dropped(self.contract(inner), self.dropout, self.training)

@@ -32,6 +32,7 @@ from lmexp.model.layers import (
     check_heads,
     check_positive,
     check_start_id,
+    dropped,
     residual,
     round_up,
     see_across,
@@ -275,7 +276,7 @@ class Entry(nn.Module):
         assert end <= self.max_length, f"{end} positions, the model has {self.max_length}"
         table = self.table if self.position is None else self.position.weight
         place = table[start:end] if positions is None else F.embedding(positions, table)
-        return F.dropout(self.norm(x * self.scale + place), self.dropout, self.training)
+        return dropped(self.norm(x * self.scale + place), self.dropout, self.training)
 
 
 def sinusoids(length: int, d_model: int, halves: bool) -> Tensor:
@@ -387,7 +388,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, E)
         dropout = self.weight_dropout if self.training else 0.0
         mixed = attend_to_self(qkv, seen, cache, self.layer, dropout)  # (B, T, D)
-        return F.dropout(self.output(mixed), self.dropout, self.training)
+        return dropped(self.output(mixed), self.dropout, self.training)
 
 
 class CrossAttention(nn.Module):
@@ -404,7 +405,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).unflatten(-1, (self.n_heads, -1))  # (B, U, H, E)
         dropout = self.weight_dropout if self.training else 0.0
         mixed = attend_to_memory(q, self.kv, memory, across, cache, self.layer, dropout)  # (B, U, D)
-        return F.dropout(self.output(mixed), self.dropout, self.training)
+        return dropped(self.output(mixed), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -417,5 +418,5 @@ class MLP(nn.Module):
         self.contract = nn.Linear(c.ff_width, c.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.dropout(self.activation(self.expand(x)), self.inner_dropout, self.training)  # (B, T, d_ff)
-        return F.dropout(self.contract(inner), self.dropout, self.training)
+        inner = dropped(self.activation(self.expand(x)), self.inner_dropout, self.training)  # (B, T, d_ff)
+        return dropped(self.contract(inner), self.dropout, self.training)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmexp.contracts import IGNORE_INDEX, UserError
+from lmexp.model import layers
 from lmexp.model.layers import (
     CHUNK_ELEMENTS,
     Head,
@@ -17,6 +18,7 @@ from lmexp.model.layers import (
     Rotary,
     Visible,
     attend,
+    dropped,
     relu_squared,
     rotate,
     unit_rms,
@@ -46,6 +48,50 @@ def test_attention_is_its_formula(heads, kv_heads, packed):
         mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     out = attend(q, k, v, visible(tokens, documents, None))
     torch.testing.assert_close(out, reference_attention(q, k, v, mask), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_whose_weights_are_dropped(masked):
+    """Both ways with the mask that was drawn, against the formula; and the mean over draws is that without any."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3))
+    mask = torch.rand(2, 1, 7, 7) < 0.8 if masked else None
+    mask = mask | torch.eye(7, dtype=torch.bool) if mask is not None else None
+    torch.manual_seed(1)
+    out = attend(q, k, v, Visible(mask, causal=False), dropout=0.25)
+    torch.manual_seed(1)
+    kept = layers._kept(torch.Size([8, 7, 7]), 0.25, torch.float32).view(2, 4, 7, 7)
+    scores = q @ k.mT / math.sqrt(8)
+    weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+    expected = ((weights * kept) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, expected)
+    change = torch.randn_like(out)
+    gradients = [torch.autograd.grad(y, [q, k, v], change) for y in (out, expected)]
+    torch.testing.assert_close(*gradients)
+    draws = torch.stack([attend(q, k, v, Visible(mask, causal=False), dropout=0.25).detach() for _ in range(4000)])
+    mean = attend(q, k, v, Visible(mask, causal=False))
+    assert (draws.mean(0) - mean).abs().max() < 6 * draws.std(0).max() / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropped_numbers(p):
+    torch.manual_seed(0)
+    x = torch.rand(300, 1001, requires_grad=True) + 1
+    y = dropped(x, p, training=True)
+    gone = y == 0
+    deviation = math.sqrt(p * (1 - p) / x.numel())
+    assert abs(gone.float().mean() - p) < 5 * deviation
+    torch.testing.assert_close(y[~gone], (x / (1 - p))[~gone], rtol=1e-4, atol=0)  # p is one of 2^16 numbers
+    pairs = gone[:, 1:].float() @ gone[:, :-1].float().T  # no row, shifted by one, is like another
+    assert (pairs / 1000 - p * p).abs().max() < 8 * p / math.sqrt(1000)
+    (gradient,) = torch.autograd.grad(y.sum(), [x])
+    assert torch.equal(gradient == 0, gone)
+    torch.manual_seed(0)
+    torch.rand(300, 1001)
+    assert torch.equal(dropped(x, p, training=True), y)  # as torch's generator says
+    assert not torch.equal(dropped(x, p, training=True), y)
+    assert dropped(x, p, training=False) is x
+    assert dropped(x, 0.0, training=True) is x
 
 
 def test_attention_scale():
