@@ -1,12 +1,13 @@
 """Each model family against Transformers' model of the same size under the Hugging Face Trainer, on pydocs.
 
-    python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2] [--speed-only | --loss-only --steps N]
+    python benchmarks/families.py [--minutes 3] [--families bert t5 bart gpt2] [--dropout P]
+        [--speed-only | --loss-only --steps N]
 
 lmexp trains for so many minutes; then Transformers' model, of as many parameters, for as many steps on as many tokens
 each, with AdamW at the best of three rates (pilots of a twentieth of the steps), linear decay and warm-up. Causal and
-masked LM use the library's own collator, spans and denoising ours on both sides. No dropout on either side. Both are
-validated on the same batches: the whole validation split, with the same noise. Speed is compared by turns of
-a few seconds, one side stopped while the other runs, as that of a machine drifts.
+masked LM use the library's own collator, spans and denoising ours on both sides. Dropout is the same on both sides, by
+default none. Both are validated on the same batches: the whole validation split, with the same noise. Speed is compared
+by turns of a few seconds, one side stopped while the other runs, as that of a machine drifts.
 """
 
 from __future__ import annotations
@@ -27,17 +28,21 @@ sys.path.insert(0, str(ROOT))
 from lmexp.contracts import IGNORE_INDEX
 
 RATES = (5e-4, 1e-3, 2e-3)
-NO_DROPOUT = ["model.dropout=0.0"]
 FAMILIES = {
-    "bert": ["experiment=pretrain_mlm", "model=bert", *NO_DROPOUT, "model.attention_dropout=0.0"],
-    "t5": ["experiment=pretrain_span", *NO_DROPOUT],
-    "bart": ["experiment=pretrain_denoise", *NO_DROPOUT],
-    "gpt2": ["experiment=pretrain", "model=gpt", "batch_size=16"],
+    "bert": ["experiment=pretrain_mlm", "model=bert", "model.dropout=0.0", "model.attention_dropout=0.0"],
+    "t5": ["experiment=pretrain_span", "model.dropout=0.0"],
+    "bart": ["experiment=pretrain_denoise", "model.dropout=0.0"],
+    "gpt2": ["experiment=pretrain", "model=gpt", "batch_size=16", "model.dropout=0.0"],
 }
 BLOCK, BATCH = 128, 16
 
 
-def theirs(family: str, vocab_size: int) -> Any:
+def settings(family: str, dropout: float) -> list[str]:
+    """Overrides of lmexp's run."""
+    return [o.replace("dropout=0.0", f"dropout={dropout}") for o in FAMILIES[family]]
+
+
+def theirs(family: str, vocab_size: int, dropout: float) -> Any:
     """Transformers' model of the size of ours (conf/model/bert, t5, transformer, gpt)."""
     import transformers as hf
 
@@ -49,13 +54,13 @@ def theirs(family: str, vocab_size: int) -> Any:
             num_attention_heads=4,
             intermediate_size=512,
             max_position_embeddings=BLOCK,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
         )
         return hf.BertForMaskedLM(config)
     if family == "t5":
         config = hf.T5Config(
-            vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, dropout_rate=0.0
+            vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, dropout_rate=dropout
         )
         return hf.T5ForConditionalGeneration(config)
     if family == "bart":
@@ -69,7 +74,7 @@ def theirs(family: str, vocab_size: int) -> Any:
             encoder_ffn_dim=512,
             decoder_ffn_dim=512,
             max_position_embeddings=BLOCK,
-            dropout=0.0,
+            dropout=dropout,
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=0,
@@ -82,9 +87,9 @@ def theirs(family: str, vocab_size: int) -> Any:
         n_embd=128,
         n_layer=4,
         n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -108,7 +113,9 @@ def as_theirs(batch: Any) -> dict[str, torch.Tensor]:
     return out | {"labels": labels}
 
 
-def side(family: str, steps: int, cache: Path, ticks: str | None, rates: list[float]) -> dict[str, float]:
+def side(
+    family: str, steps: int, cache: Path, dropout: float, ticks: str | None, rates: list[float]
+) -> dict[str, float]:
     """Their best pilot's rate and, after the whole training with it, the validation loss; or only steps and `Ticks`."""
     import transformers as hf
 
@@ -119,7 +126,7 @@ def side(family: str, steps: int, cache: Path, ticks: str | None, rates: list[fl
 
     quiet_libraries()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    cfg = plan(*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}").config
+    cfg = plan(*settings(family, dropout), "trainer=cpu", f"paths.cache_dir={cache}").config
     data = prepare_data(cfg, check(cfg, 1), Terminal(quiet=True))
     tokenizer = data.tokenizer
     source = data._train_source()
@@ -151,7 +158,7 @@ def side(family: str, steps: int, cache: Path, ticks: str | None, rates: list[fl
 
     def trained(rate: float, n: int) -> Any:
         torch.manual_seed(1)
-        model = theirs(family, tokenizer.vocab_size)
+        model = theirs(family, tokenizer.vocab_size, dropout)
         clocks = [] if ticks is None else [Clock(ticks)]
 
         with tempfile.TemporaryDirectory() as folder:
@@ -191,20 +198,22 @@ def side(family: str, steps: int, cache: Path, ticks: str | None, rates: list[fl
     return {"loss": validated(model), "rate": best, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def speeds(family: str, cache: Path, folder: Path) -> tuple[list[float], list[float], list[float]]:
+def speeds(family: str, cache: Path, folder: Path, dropout: float) -> tuple[list[float], list[float], list[float]]:
     """`in_turn` of ours and theirs."""
     files = [folder / f"{family}_{side}" for side in ("ours", "theirs")]
     steps = 2000  # never reached
-    mine = [sys.executable, str(ROOT / "run.py"), *FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}"]
+    mine = [sys.executable, str(ROOT / "run.py"), *settings(family, dropout), "trainer=cpu"]
+    mine += [f"paths.cache_dir={cache}"]
     mine += [f"paths.run_dir={folder / family}_speed", f"max_steps={steps}", f"validate_every={steps}"]
     mine += ["+callback.ticks._target_=measure.Ticks", f"+callback.ticks.file={files[0]}"]
-    other = their_command(family, steps, cache, "--ticks", str(files[1]))
+    other = their_command(family, steps, cache, dropout, "--ticks", str(files[1]))
     return in_turn((mine, other), files)
 
 
-def their_command(family: str, steps: int, cache: Path, *more: str) -> list[str]:
+def their_command(family: str, steps: int, cache: Path, dropout: float, *more: str) -> list[str]:
     """`side` as a process of its own."""
-    return [sys.executable, __file__, "--side", family, "--steps", str(steps), "--cache", str(cache), *more]
+    command = [sys.executable, __file__, "--side", family, "--steps", str(steps), "--cache", str(cache)]
+    return [*command, "--dropout", str(dropout), *more]
 
 
 def main() -> None:
@@ -214,13 +223,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="a bound on the steps; the rate falls to its end")
     parser.add_argument("--speed-only", action="store_true", help="compare the steps' times alone")
     parser.add_argument("--loss-only", action="store_true", help="compare the losses alone, after --steps steps")
+    parser.add_argument("--dropout", type=float, default=0.0, help="on both sides, of attention weights where both can")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="of Transformers' side")
     parser.add_argument("--side", choices=list(FAMILIES), help=argparse.SUPPRESS)
     parser.add_argument("--ticks", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(side(options.side, options.steps, options.cache, options.ticks, options.rates)))
+        told = side(options.side, options.steps, options.cache, options.dropout, options.ticks, options.rates)
+        print(json.dumps(told))
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -230,16 +241,21 @@ def main() -> None:
             row: tuple[str, ...] = (family,)
             steps = options.steps
             if not options.loss_only:
-                mine_ms, other_ms, ratios = speeds(family, cache, folder)
+                mine_ms, other_ms, ratios = speeds(family, cache, folder, options.dropout)
                 low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
                 times = (f"{median(mine_ms):.1f}", f"{median(other_ms):.1f}")
                 row += (*times, f"**{middle:.2f}**", f"{low:.2f} to {high:.2f}")
                 steps = min(options.steps, int(60_000 * options.minutes / median(mine_ms)))
             if not options.speed_only:
-                common = [*FAMILIES[family], "trainer=cpu", f"paths.cache_dir={cache}", "callback.samples.prompts=[]"]
+                common = [
+                    *settings(family, options.dropout),
+                    "trainer=cpu",
+                    f"paths.cache_dir={cache}",
+                    "callback.samples.prompts=[]",
+                ]
                 _, mine = ours(folder / family, *common, f"max_steps={steps}", f"validate_every={steps}")
                 rates = ("--rates", *map(str, options.rates))
-                other = json.loads(run(their_command(family, steps, cache, *rates)).lines[-1][1])
+                other = json.loads(run(their_command(family, steps, cache, options.dropout, *rates)).lines[-1][1])
                 sizes = (f"{mine['parameters'] / 1e6:.2f}", f"{other['parameters'] / 1e6:.2f}")
                 row += (str(steps), *sizes, f"{mine['val/loss']:.4f}", f"{other['loss']:.4f}", f"{other['rate']:g}")
             rows.append(row)

@@ -96,6 +96,8 @@ def _search(
             del finished[row][beam.beams :]
             if last or _is_done(beam, finished[row], running[0][0], written + 1, steps.most):
                 continue
+            if len(running) == len(texts[number]):
+                running = _staying(running)
             going_on.append(row)
             next_texts.append([[*texts[number][source], token] for _, source, token in running])
             next_scores.append([value for value, _, _ in running])
@@ -107,6 +109,15 @@ def _search(
         steps.select(torch.tensor(sources, device=device))
         steps.append(torch.tensor(tokens, device=device))
     return finished
+
+
+def _staying(running: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """(log p, source, token) of the texts that go on, each source at its own place once: what stays is not copied."""
+    places: dict[int, tuple[float, int, int]] = {}
+    for text in running:
+        places.setdefault(text[1], text)
+    others = iter([text for text in running if places[text[1]] is not text])
+    return [places[place] if place in places else next(others) for place in range(len(running))]
 
 
 def _is_done(beam: Beam, finished: list[tuple[float, list[int]]], best_running: float, length: int, most: int) -> bool:
