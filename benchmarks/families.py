@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="a bound on the steps; the rate falls to its end")
     parser.add_argument("--speed-only", action="store_true", help="compare the steps' times alone")
     parser.add_argument("--loss-only", action="store_true", help="compare the losses alone, after --steps steps")
-    parser.add_argument("--dropout", type=float, default=0.0, help="on both sides, of attention weights where both can")
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="on both sides, of the weights of attention in all but BART"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="of Transformers' side")
     parser.add_argument("--side", choices=list(FAMILIES), help=argparse.SUPPRESS)
     parser.add_argument("--ticks", help=argparse.SUPPRESS)

@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = ["trainer=cpu", "callback.samples.prompts=[]"]
-        pretrained = options.run or folder / "pretrained"
+        pretrained = options.run.resolve() if options.run else folder / "pretrained"
         if options.run is None:
             done, told = ours(
                 pretrained,

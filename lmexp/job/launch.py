@@ -164,7 +164,6 @@ class Ranks:
         self._shown = None if output is None else output.open("ab")
         self._failed_at: float | None = None
         self._first_codes: list[int | None] = []
-        self._sent: set[int] = set()
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
             port = _free_port()
@@ -189,7 +188,6 @@ class Ranks:
 
     def send(self, number: int) -> None:
         """A signal to all that are running."""
-        self._sent.add(number)
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -220,10 +218,6 @@ class Ranks:
     def outcome(self) -> Outcome:
         """How they ended; says what none of them could."""
         codes = [process.returncode for process in self.processes]
-        if self._stopped_while_starting(codes):
-            said = "stopped while it started; nothing is lost."
-            self._say(f"{said[0].upper()}{said[1:]}\n")
-            return Outcome(INTERRUPTED, kind="interrupted", said=said)
         code = _code_of(codes)
         told = json.loads(self._result_file.read_text()) if self._result_file.exists() else {}
         if not code:
@@ -243,13 +237,6 @@ class Ranks:
             said = said or "".join(others[:1])
         kind = told.get("kind") or {USER_ERROR: "mistake", INTERRUPTED: "interrupted"}.get(code, "crash")
         return Outcome(code, kind=kind, said=said or f"exit code {code}")
-
-    def _stopped_while_starting(self, codes: list[int]) -> bool:
-        """Whether a signal from here met the first to end before these had a use for it; the others as well, or they
-        ended in order, or were brought down."""
-        first = [code for code in self._first_codes if code]
-        met = {-number for number in self._sent}
-        return any(code in met for code in first) and {*codes} <= {*met, 0, INTERRUPTED, -signal.SIGKILL}
 
     def _say(self, text: str) -> None:
         if self._shown is not None:

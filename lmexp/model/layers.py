@@ -123,8 +123,8 @@ def dropped(x: Tensor, p: float, training: bool) -> Tensor:
 def _kept(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies with on a CPU, whose own generator takes most of a dropout's time: 0 with probability p,
     to within 2^-17, else the inverse of the share that is kept. All depends on torch's generator, by a seed."""
-    share = round(p * 2**16)  # of 2^16 equally likely numbers
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    share = min(round(p * 2**16), 2**16 - 1)  # of 2^16 equally likely numbers
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
     n = math.prod(shape)
     drawn = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.int16)[:n]
     kept = torch.from_numpy(drawn) >= share - 2**15
@@ -373,10 +373,13 @@ def attend_to_memory(
             cache.cross.append((k, v))
         k, v = cache.cross[layer]
         # the rows of a text as positions of one
-        mixed = attend(q.reshape(len(k), -1, *q.shape[2:]).transpose(1, 2), k, v, across.seen, dropout, scale)
+        mask = across.seen.mask
+        assert mask is None or len(mask) in (1, len(k)), "rows that share a text see the same of it"
+        positions = q.reshape(len(k), q.shape[0] * q.shape[1] // max(1, len(k)), *q.shape[2:])
+        mixed = attend(positions.transpose(1, 2), k, v, across.seen, dropout, scale)
     if across.some is not None:
         mixed = mixed * across.some
-    return mixed.view(*q.shape[:2], -1)
+    return mixed.view(*q.shape[:2], mixed.shape[-1])
 
 
 def _attend_fused(fused: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
@@ -585,7 +588,7 @@ def _chunk_loss(
         gradient = torch.softmax(logits, -1, out=logits)  # a third of the time of a log_softmax and its exponentials
         p = gradient.gather(-1, index)[:, 0]
         log_p = p.log()
-        rare = (p < 1e-30).nonzero()[:, 0]  # close to what a float32 cannot hold
+        rare = ((p < 1e-30) & (labels != IGNORE_INDEX)).nonzero()[:, 0]  # close to what a float32 cannot hold
         if len(rare):
             those = _logits(hidden[rare], weight, bias, softcap).log_softmax(-1)
             log_p[rare] = those.gather(-1, index[rare])[:, 0]

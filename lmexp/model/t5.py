@@ -208,7 +208,8 @@ class T5(nn.Module):
         `documents` (B, S) of the encoder and `decoder_documents` (B, U): a token sees those before it of its own
         document, and the encoder's document of the same number, which may be missing; where only one of the two is
         given, all on the other side is document 0. `decoder_positions` (B, U): distances are their differences.
-        `cache`: `decoder_tokens` follow what it holds, and are added to it; it belongs to one `memory`.
+        `cache`: `decoder_tokens` follow what it holds, and are added to it; it belongs to one `memory`,
+        which may be read by several rows each (`CrossCache`).
         """
         seen = visible(decoder_tokens, decoder_documents, cache)
         across = see_across(memory, documents, decoder_documents, cache)

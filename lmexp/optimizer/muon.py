@@ -181,6 +181,7 @@ class MuonAdamW(torch.optim.Optimizer):
             gradient, average = local(p.grad), local(self.state[p]["momentum"])
             if is_in_pieces(p):  # a device averages its own pieces, and sees the whole of a matrix to orthogonalise it
                 average.lerp_(gradient, 1 - group["momentum"])
+                # of two that are equal any mean is the same: what follows leaves it as it is
                 gradient = average = whole_from(torch.lerp(gradient, average, ahead), p)
                 goal = torch.zeros_like(gradient)
                 changes.append((p, goal))

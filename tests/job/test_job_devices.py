@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +16,6 @@ import pytest
 import torch
 
 from lmexp.contracts import StorageError
-from lmexp.job.errors import INTERRUPTED
-from lmexp.job.launch import Ranks
 from lmexp.job.train import train
 from lmexp.run import checkpoint as files
 from tests.runs import ROOT, TINY, assert_same, checkpoint, corpus, plan, run, scalars
@@ -58,17 +55,6 @@ def assert_curves(one: Path, other: Path, relative: float, tags: tuple[str, ...]
     for tag in tags:
         assert [s for s, _ in a[tag]] == [s for s, _ in b[tag]]
         assert [v for _, v in a[tag]] == pytest.approx([v for _, v in b[tag]], rel=relative), tag
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_that_meets_processes_as_they_start(tmp_path, capfd, number):
-    """They have no use for it yet and die of it: to be tried again, not an error."""
-    with Ranks(plan(*arguments(tmp_path, "run"), "trainer=ddp_sim"), 2) as ranks:
-        ranks.send(number)
-        outcome = ranks.wait()
-    assert (outcome.code, outcome.kind) == (INTERRUPTED, "interrupted")
-    assert capfd.readouterr().err == "Stopped while it started; nothing is lost.\n"
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
