@@ -46,6 +46,7 @@ def main() -> None:
                 [
                     *("experiment=summarize", "tokenizer=pretrained", f"tokenizer.path={pretrained}/tokenizer.json"),
                     *(*common, f"max_steps={options.steps}", f"validate_every={options.steps // 2}", f"seed={seed}"),
+                    "model.max_length=128",  # as the run's, though the texts are shorter
                     *(f"paths.cache_dir={folder / side}_cache", *more),
                 ]
                 for side, more in (("from_run", [f"init_from={pretrained}"]), ("from_nothing", []))
