@@ -1,6 +1,6 @@
 """Summaries of docstrings from a run that was pretrained on Python's documentation, beside the same from nothing.
 
-    python benchmarks/pretrained_summaries.py [--pretrain 3000] [--steps 1300] [--seeds 3] [--together]
+    python benchmarks/pretrained_summaries.py [--pretrain 3000] [--steps 1300] [--seeds 3] [--together] [--run RUN]
 
 One encoder-decoder is pretrained by denoising (`experiment=pretrain_denoise`). Then `experiment=summarize` trains, with
 its tokenizer and size, from these weights and from random ones, for as many steps, seed by seed; with `--together` both

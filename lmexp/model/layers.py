@@ -184,11 +184,15 @@ class KVCache:
     ) -> None:
         """Room for `length` positions of `batch` sequences."""
         self._held = torch.zeros(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype)
-        self.dtype = self._held.dtype
         self.documents: Tensor | None = None
         self.length = 0
         self._alike = np.zeros((batch, batch), dtype=np.int64)
         """How many columns two rows begin with that are the same in both, at least."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self._held.dtype
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, E) keys and values of new positions; returns all of the layer's, (B, K, S, E)."""
