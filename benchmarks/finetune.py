@@ -90,7 +90,7 @@ def main() -> None:
         f"data.corpus={{train: {options.sst2}/train.tsv, validation: {options.sst2}/dev.tsv, text: sentence, "
         "columns: [label, sentence], labels: [negative, positive]}"
     )
-    data = ["data=labelled_files", "data.block_size=128", corpus, "trainer=cpu"]
+    data = ["data=labelled_files", "data.block_size=128", corpus, "trainer=cpu", "trainer.matmul_precision=medium"]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -36,7 +36,7 @@ def overrides(folder: Path, cache: Path) -> list[str]:
     return [
         *("experiment=translate_multi30k", "data=parallel_files"),
         *(f"data.corpus.{split}={source}" for split, source in files.items()),
-        *("trainer=cpu", f"paths.cache_dir={cache}", f"batch_size={BATCH}"),
+        *("trainer=cpu", "trainer.matmul_precision=medium", f"paths.cache_dir={cache}", f"batch_size={BATCH}"),
         *(f"task.label_smoothing={SMOOTHING}", f"model.dropout={DROPOUT}", "callback.answers.examples=null"),
     ]
 

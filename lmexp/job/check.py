@@ -109,7 +109,7 @@ ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "init
 """Every key of the root that something reads."""
 
 TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "micro_batch_size", "threads"} | {
-    "recompute_activations"
+    *("matmul_precision", "recompute_activations")
 }
 """Every key of `trainer` that something reads."""
 

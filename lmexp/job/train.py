@@ -404,9 +404,11 @@ def _summary(task: BaseTask, session: Session, cfg: DictConfig, world_size: int)
     tokens = session.max_steps * session.batch_size * session.block_size
     trained = "" if _trained(task) == n else f", of which {_trained(task):,} are trained ({_trained(task) / n:.2%})"
     devices = f"{world_size} x {accelerator_of(cfg)}" if world_size > 1 else accelerator_of(cfg)
+    matmul = cfg.trainer.matmul_precision
+    precision = precision_of(cfg) + ("" if matmul == "highest" else f" ({matmul} in matrix products)")
     return (
         f"Model: {type(task.model).__name__}, {n:,} parameters{trained}. Training: {session.max_steps} steps of "
-        f"{session.batch_size} x {session.block_size} tokens = {tokens:,} on {devices}, {precision_of(cfg)}.\n"
+        f"{session.batch_size} x {session.block_size} tokens = {tokens:,} on {devices}, {precision}.\n"
         f"Run: {session.directory.path}"
     )
 

@@ -29,7 +29,7 @@ def pool(hidden: Tensor, documents: Tensor, count: int, pooling: Pooling) -> Ten
 
 class ClassifierHead(nn.Module):
     """Logits of classes from a text's vector: dropout, tanh(x W + b), dropout, x V + c, as RoBERTa's released
-    classifiers (BERT's have no first dropout); without `hidden` the last two only."""
+    classifiers; BERT's have no first dropout. Without `hidden` the last two only."""
 
     def __init__(
         self,
@@ -39,11 +39,14 @@ class ClassifierHead(nn.Module):
         dropout: float,
         pooling: Pooling = "first",
         multilabel: bool = False,
+        input_dropout: float | None = None,
     ) -> None:
-        """`labels` name the classes. `pooling` and `multilabel` say what its vectors are and what its logits mean."""
+        """`labels` name the classes. `pooling` and `multilabel` say what its vectors are and what its logits mean.
+        `input_dropout`: the first dropout; None: as `dropout`."""
         super().__init__()
         self.labels, self.pooling, self.multilabel = tuple(labels), pooling, multilabel
         self.dropout = dropout
+        self.input_dropout = dropout if input_dropout is None else input_dropout
         self.hidden = nn.Linear(d_model, d_model) if hidden else None
         self.output = nn.Linear(d_model, len(self.labels))
         for layer in (self.hidden, self.output):
@@ -54,6 +57,6 @@ class ClassifierHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits (..., classes) of vectors (..., D)."""
         if self.hidden is not None:
-            pooled = torch.tanh(self.hidden(dropped(pooled, self.dropout, self.training)))
+            pooled = torch.tanh(self.hidden(dropped(pooled, self.input_dropout, self.training)))
         logits: Tensor = self.output(dropped(pooled, self.dropout, self.training))
         return logits

@@ -32,6 +32,7 @@ class TextClassification(BaseTask):
         class_weights: str | Sequence[float] | None,
         label_smoothing: float,
         flops_per_token: float,
+        input_dropout: float | None = None,  # runs of before it have none in their configuration
         **base: Any,
     ) -> None:
         """`class_weights`: of each class's loss, `balanced`: n / (classes * n of the class); None: all 1."""
@@ -43,8 +44,9 @@ class TextClassification(BaseTask):
                 f"task.pooling=first with a model of the family {family.replace('_', '-')}: its first position sees "
                 "nothing of what follows; set task.pooling=last or mean."
             )
-        for name, value in (("dropout", dropout), ("label_smoothing", label_smoothing)):
-            if not 0 <= value < 1:
+        shares = {"dropout": dropout, "input_dropout": input_dropout, "label_smoothing": label_smoothing}
+        for name, value in shares.items():
+            if value is not None and not 0 <= value < 1:
                 raise UserError(f"task.{name}={value}; expected a share of at least 0 and less than 1.")
         classes = metric.classes
         self._check_weights(class_weights, classes)
@@ -54,7 +56,7 @@ class TextClassification(BaseTask):
         unused = sum(p.numel() for p in model.head.parameters())
         chosen: Pooling = pooling or ("first" if family == "encoder" else "last")
         width = model.embed.weight.shape[1]
-        model.head = ClassifierHead(width, classes, hidden_layer, dropout, chosen, metric.multilabel)
+        model.head = ClassifierHead(width, classes, hidden_layer, dropout, chosen, metric.multilabel, input_dropout)
         super().__init__(
             model=model,
             metric=metric,

@@ -14,6 +14,7 @@ import yaml
 from lmexp.job.check import check
 from lmexp.job.evaluate import evaluate
 from lmexp.job.generate import generate
+from lmexp.job.launch import run_here
 from lmexp.job.train import train
 from lmexp.run import checkpoint as files
 from lmexp.tokenizer.bpe import BPE
@@ -166,6 +167,32 @@ def test_half_precision_weights_are_measured_in_full(tmp_path: Path) -> None:
     for tag in ("val/loss", "val/bits_per_byte", "train/bits_per_byte"):
         assert half[tag] == pytest.approx(full[tag], rel=5e-3)
     assert half["val/loss"] / half["val/bits_per_byte"] == pytest.approx(full["val/loss"] / full["val/bits_per_byte"])
+
+
+def test_matrix_products_of_less_precision(tmp_path: Path) -> None:
+    """What is measured hardly changes; whether anything does depends on the CPU."""
+    losses = {}
+    args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", "max_steps=8", "validate_every=8"]
+    for name in ("highest", "medium"):
+        out = tmp_path / name
+        assert run(*args, f"paths.run_dir={out}", f"trainer.matmul_precision={name}").returncode == 0
+        losses[name] = json.loads((out / "metrics.json").read_text())["val/loss"]
+        assert ("medium in matrix products" in (out / "run.log").read_text()) == (name == "medium")
+    assert losses["medium"] == pytest.approx(losses["highest"], rel=5e-3)
+    wrong = run(*args, f"paths.run_dir={tmp_path / 'wrong'}", "trainer.matmul_precision=low")
+    assert wrong.returncode == 2
+    assert "trainer.matmul_precision=low; expected highest, high or medium" in wrong.stderr
+
+
+@pytest.mark.parametrize(("trainer", "expected"), [("auto", "medium"), ("cpu", "highest")])
+def test_the_process_multiplies_as_the_trainer_says(trainer: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("lmexp.job.train.train", lambda _: seen.append(torch.get_float32_matmul_precision()))
+    try:
+        run_here(plan(f"trainer={trainer}"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [expected]
 
 
 def test_the_average_is_that_of_the_formula(tmp_path: Path) -> None:

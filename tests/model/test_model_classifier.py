@@ -35,3 +35,17 @@ def test_the_head_is_roberta_classifiers() -> None:
     ours.output.load_state_dict(theirs.out_proj.state_dict())
     hidden = torch.randn(4, 6, 12)
     torch.testing.assert_close(ours(hidden[:, 0]), theirs(hidden))
+
+
+@pytest.mark.parametrize(("first", "differs"), [(0.0, False), (None, True)])
+def test_dropout_before_the_first_layer(first: float | None, differs: bool) -> None:
+    head = ClassifierHead(8, ("a", "b"), hidden=True, dropout=0.5, input_dropout=first)
+    assert head.hidden is not None
+    seen: list[torch.Tensor] = []
+    head.hidden.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    x = torch.ones(4, 8)
+    head(x)
+    assert bool((seen[0] != x).any()) == differs
+    head.eval()
+    head(x)
+    torch.testing.assert_close(seen[1], x)
