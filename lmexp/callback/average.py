@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
-from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, whole_state
+from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, shares_of, whole_state
 
 
 class WeightAverage(RunCallback):
@@ -58,7 +58,7 @@ class WeightAverage(RunCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert not self._swapped
         if self.decay is not None:
-            checkpoint["average"] = whole_state(self._average)
+            checkpoint["average"] = whole_state(self._average, shares_of(pl_module))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.decay is not None:

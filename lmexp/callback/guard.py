@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import Batch, Diverged, UserError
+from lmexp.data.loader import data_share
 from lmexp.optimizer.sharding import norm_of
 from lmexp.run import checkpoint as files
 from lmexp.run.directory import write_json
@@ -129,7 +130,7 @@ class Guard(RunCallback):
 
     def _record(self, batch: Batch, step: int, loss: float, norm: float, why: str) -> None:
         folder = self.session.directory.flight
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        rank, (share, shares, _) = self._trainer.global_rank, data_share(self._trainer)
         back = f"-back{self.rolled_back}" if self.rolled_back else ""
         name = f"step-{step:09d}{back}" + (f".rank{rank}" if rank else "")
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,10 +139,10 @@ class Guard(RunCallback):
             return
         data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
         first = data.samples_seen
-        size = self.session.batch_size // world_size
+        size = self.session.batch_size // shares
         layers = {}
         for part, p in self._task.named_parameters():  # all devices take part where these are in pieces
-            gradient = 0.0 if p.grad is None else norm_of([p.grad]).item()
+            gradient = 0.0 if p.grad is None else norm_of([p.grad], [p]).item()
             layers[part] = {"weight_norm": norm_of([p]).item(), "summed_grad_norm": gradient}
         kept = self._keep_checkpoint(step) if rank == 0 else None
         content = {
@@ -153,7 +154,7 @@ class Guard(RunCallback):
             "grad_norms_before": self._recent,
             "learning_rates": {g["name"]: g["lr"] for g in self._trainer.optimizers[0].param_groups},
             "passed_over": first - step * self.session.batch_size,
-            "samples": [first + rank * size, first + (rank + 1) * size - 1],
+            "samples": [first + share * size, first + (share + 1) * size - 1],
             "checkpoint": kept,
             "texts": texts_of(batch, data.tokenizer),
             "layers": layers,

@@ -202,4 +202,4 @@ def _measured(task: LightningModule) -> list[Tensor]:
 @torch.no_grad()
 def _update_ratio(before: list[Tensor], after: list[Tensor]) -> Tensor:
     """||w' - w|| / ||w|| over all of these together."""
-    return norm_of([b - a for a, b in zip(before, after, strict=True)]) / norm_of(before)
+    return norm_of([b - a for a, b in zip(before, after, strict=True)], after) / norm_of(before, after)

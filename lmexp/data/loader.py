@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 
+def data_share(trainer: Any) -> tuple[int, int, Any]:
+    """Which share of the batch this device gets, of how many, and the group of devices that share it out (None: all).
+
+    Devices that share out the model itself (`tensor_parallel`) get the same.
+    """
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is None:
+        return trainer.global_rank, trainer.world_size, None
+    across = mesh["data_parallel"]
+    return across.get_local_rank(), across.size(), None if across.size() == trainer.world_size else across.get_group()
+
+
 class Samples(Protocol):
     """Anything that has samples by index."""
 

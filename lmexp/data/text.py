@@ -14,7 +14,7 @@ from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.parts import Part, smoothed
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
 from lmexp.data.labelled import AllTexts, Examples, is_labelled, labels_of
-from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches
+from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches, data_share
 from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged
 from lmexp.data.order import BlockOrder
 from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, evaluation_batches, stride_of
@@ -405,10 +405,8 @@ class TextData(LightningDataModule):
             )
 
     def _rank(self) -> tuple[int, int]:
-        """(rank, world size), 0 of 1 without a trainer."""
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+        """(rank, world size) among those that share out the batch, 0 of 1 without a trainer."""
+        return (0, 1) if self.trainer is None else data_share(self.trainer)[:2]
 
     def _local_batch_size(self) -> int:
         world_size = self._rank()[1]

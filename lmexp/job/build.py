@@ -153,7 +153,8 @@ def build_trainer(
             process_group_backend="gloo" if accelerator == "cpu" else None, gradient_as_bucket_view=True
         )
     elif cfg.trainer.strategy == "fsdp":
-        strategy = Sharded(world_size, "gloo" if accelerator == "cpu" else None)
+        across = cfg.trainer.tensor_parallel
+        strategy = Sharded(world_size // across, across, "gloo" if accelerator == "cpu" else None)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
     # lmexp or torchrun started the processes; Lightning would take those of a SLURM step for its own
     own: list[Any] = [] if is_torchelastic_launched() else [LightningEnvironment()]

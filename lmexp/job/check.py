@@ -109,7 +109,7 @@ ROOT_KEYS = {*WHOLE, *_PARTS, "max_time", "max_samples", "resume", "ckpt", "init
 """Every key of the root that something reads."""
 
 TRAINER_KEYS = {"accelerator", "devices", "strategy", "precision", "compile", "micro_batch_size", "threads"} | {
-    *("matmul_precision", "recompute_activations")
+    *("matmul_precision", "recompute_activations", "tensor_parallel")
 }
 """Every key of `trainer` that something reads."""
 
@@ -298,6 +298,20 @@ def check_devices(cfg: DictConfig, world_size: int) -> None:
         )
     if cfg.trainer.strategy not in ("single", "ddp", "fsdp"):
         raise UserError(f"trainer.strategy={cfg.trainer.strategy}; expected single, ddp or fsdp.")
+    across = cfg.trainer.tensor_parallel
+    _whole("trainer.tensor_parallel", across, 1)
+    if across > 1 and cfg.trainer.strategy != "fsdp":
+        raise UserError(
+            f"trainer.tensor_parallel={across} with trainer.strategy={cfg.trainer.strategy}; expected fsdp, as in "
+            "trainer=tp_fsdp."
+        )
+    if world_size % across:
+        raise UserError(f"trainer.tensor_parallel={across} does not divide over {world_size} devices; change one.")
+    if across > 1 and cfg.trainer.compile is True:
+        raise UserError(
+            f"trainer.tensor_parallel={across} with trainer.compile=true: its sums between devices are not compiled; "
+            "set trainer.compile=false."
+        )
     for key in ("compile", "recompute_activations"):
         if not isinstance(cfg.trainer[key], bool):
             raise UserError(f"trainer.{key}={cfg.trainer[key]}; expected true or false.")
@@ -308,6 +322,9 @@ def check_division(cfg: DictConfig, world_size: int) -> None:
     batch, micro = cfg.batch_size, cfg.trainer.micro_batch_size
     if micro is not None:
         _whole("trainer.micro_batch_size", micro, 1)
+    across = cfg.trainer.tensor_parallel  # devices of which read the same
+    if isinstance(across, int) and across > 0 and world_size % across == 0:
+        world_size //= across
     unit = world_size * (micro or 1)
     if batch % unit:
         nearest = " or ".join(str(b) for b in (batch // unit * unit, (batch // unit + 1) * unit) if b)

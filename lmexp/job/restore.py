@@ -13,6 +13,7 @@ from lmexp.contracts import UserError
 from lmexp.job.build import Parts, build_task
 from lmexp.job.check import check
 from lmexp.job.plan import Plan
+from lmexp.optimizer.sharding import whole_shape
 from lmexp.run import checkpoint as files
 from lmexp.task.base import BaseTask
 from lmexp.task.sharded import load_whole
@@ -128,12 +129,13 @@ def _targets(node: Any) -> Iterator[str]:
 def load_weights(task: BaseTask, checkpoint: dict[str, Any], path: str) -> None:
     """Put a checkpoint's weights, or their moving average, into a task; `UserError` for any misfit."""
     weights = dict(checkpoint["state_dict"]) | checkpoint.get("average", {})
-    own = task.state_dict()
+    own = {name: x.shape for name, x in task.state_dict().items()}
+    own |= {name: whole_shape(p) for name, p in task.named_parameters(remove_duplicate=False)}
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [
-        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} by its configuration"
+        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name])} by its configuration"
         for name in sorted(own.keys() & weights.keys())
-        if weights[name].shape != own[name].shape
+        if weights[name].shape != own[name]
     ]
     problems = [f"no {_few(missing)} in it"] * bool(missing) + [f"{_few(unknown)} not in the model"] * bool(unknown)
     problems += shapes[:3]

@@ -137,7 +137,8 @@ def train_in(
     if backs:
         data.from_sample = data.samples_seen = backs[-1].next_sample
     task.adapt(cfg.seed)
-    seed_all(cfg.seed + rank)  # weights are equal on all ranks, dropout is not
+    # weights are equal on all ranks, dropout is where they read the same
+    seed_all(cfg.seed + rank // cfg.trainer.tensor_parallel)
     session = _session(plan, parts, data, task, directory, terminal, record, world_size)
     if cfg.sweep.trial is not None and cfg.sweep.pruner is not None:
         settings = settings_of(cfg)

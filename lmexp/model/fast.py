@@ -121,7 +121,7 @@ class Fast(nn.Module):
         self.family = c.family
         self.embed = nn.Embedding(vocab_size, c.d_model)
         self.rotary = Rotary(c.d_model // c.n_heads, c.max_length, c.rope_theta)
-        self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, c.d_model) for _ in range(c.value_layers))
+        self.value_embeds = nn.ModuleList(ValueEmbedding(vocab_size, c.d_model) for _ in range(c.value_layers))
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         # two numbers a block: the factor on the stream and that on the embedding
         self.gates = nn.Parameter(torch.tensor([1.0, 0.0] * c.n_layers)) if c.residual_gates else None
@@ -186,6 +186,13 @@ class Fast(nn.Module):
         return KVCache(c.n_layers, batch, c.n_heads, length, c.d_model // c.n_heads, device, dtype)
 
 
+class ValueEmbedding(nn.Embedding):
+    """What is added to the values of all heads."""
+
+    heads_dim = -1
+    """The dimension of what it gives that is shared out with the heads (`tensor_parallel`)."""
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + contract(relu(expand(norm(x)))^2)."""
 
@@ -213,7 +220,7 @@ class Attention(nn.Module):
     def __init__(self, c: FastConfig, layer: int) -> None:
         super().__init__()
         self.n_heads, self.qk_norm, self.scale, self.layer = c.n_heads, c.qk_norm, c.attention_scale, layer
-        self.qkv = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * (3 * c.n_heads))
+        self.qkv = FusedLinear(c.d_model, (c.d_model // c.n_heads,) * (3 * c.n_heads), spans=(c.d_model,) * 3)
         self.output = nn.Linear(c.d_model, c.d_model, bias=False)
 
     def forward(

@@ -135,12 +135,16 @@ class FusedLinear(nn.Linear):
     """Several projections of one input in one matrix product.
 
     `parts` are the rows of the weight that each of them owns; an optimizer that treats matrices as wholes (Muon)
-    reads it to take them apart.
+    reads it to take them apart. `spans` are those that devices share out, each alike (`tensor_parallel`): where the
+    parts are single heads, all heads of the queries, of the keys and of the values.
     """
 
-    def __init__(self, d_in: int, parts: tuple[int, ...], bias: bool = False) -> None:
+    def __init__(
+        self, d_in: int, parts: tuple[int, ...], bias: bool = False, spans: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__(d_in, sum(parts), bias=bias)
         self.parts = parts
+        self.spans = parts if spans is None else spans
 
 
 class Rotary(nn.Module):

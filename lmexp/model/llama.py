@@ -243,7 +243,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.d_head = layer, c.head_width
         self.n_heads, self.n_kv_heads = c.n_heads, c.kv_heads
-        self.qkv = FusedLinear(c.d_model, (self.d_head,) * (self.n_heads + 2 * self.n_kv_heads), bias=c.qkv_bias)
+        heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        spans = tuple(self.d_head * n for n in heads)
+        self.qkv = FusedLinear(c.d_model, (self.d_head,) * sum(heads), bias=c.qkv_bias, spans=spans)
         self.q_norm = RMSNorm(self.d_head, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.d_head, c.norm_eps) if c.qk_norm else None
         self.output = nn.Linear(self.n_heads * self.d_head, c.d_model, bias=False)

@@ -302,6 +302,8 @@ class RelativeBias(nn.Module):
     """
 
     buckets: Tensor
+    heads_dim = 1
+    """The dimension of what it gives that is shared out with the heads (`tensor_parallel`)."""
 
     def __init__(self, c: T5Config, both_ways: bool) -> None:
         super().__init__()

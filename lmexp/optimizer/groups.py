@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmexp.contracts import UserError
+from lmexp.optimizer.sharding import whole_shape
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 """A parameter of a numbered module: the name of all of these, and its number."""
@@ -63,8 +64,9 @@ def split_parameters(model: nn.Module) -> ParameterGroups:
                     groups.head.append(p)
                 else:
                     assert p.dim() == 2, f"{module_name}.{name} has {p.dim()} dimensions, matrices have two"
-                    parts = getattr(module, "parts", (p.shape[0],)) if name == "weight" else (p.shape[0],)
-                    assert sum(parts) == p.shape[0], f"the parts of {module_name} are not its rows"
+                    rows = whole_shape(p)[0]
+                    parts = getattr(module, "parts", (rows,)) if name == "weight" else (rows,)
+                    assert sum(parts) == rows, f"the parts of {module_name} are not its rows"
                     groups.matrices.append(Matrix(p, tuple(parts)))
     return groups
 

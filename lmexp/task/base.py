@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
-from lmexp.data.loader import each_tensor
+from lmexp.data.loader import data_share, each_tensor
 from lmexp.model.lora import LoRA, add_lora
 from lmexp.optimizer.sharding import norm_of, recompute_activations, scale_, shard
+from lmexp.optimizer.tensor_parallel import TensorParallel
 from lmexp.task.sharded import Sharded
 
 OptimizerBuilder = Callable[[nn.Module], torch.optim.Optimizer]
@@ -103,6 +104,7 @@ class BaseTask(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.metric.to(self.device)
         self.metric.reset()
+        self.metric.process_group = data_share(self.trainer)[2]
 
     def on_validation_epoch_end(self) -> None:
         """Write the numbers of the split under val/, against the optimizer step."""
@@ -119,13 +121,19 @@ class BaseTask(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.measured = self.measure(final=True)
 
+    @property
+    def _parallel(self) -> TensorParallel | None:
+        return getattr(self.model, "tensor_parallel", None)
+
     def configure_model(self) -> None:
         """Put the model in pieces, if the strategy is for that."""
         strategy = self.trainer.strategy
         if isinstance(strategy, Sharded) and not isinstance(self.model, FSDPModule):
-            shard(self.model, strategy.device_mesh["data_parallel"])
+            shard(self.model, strategy.device_mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self._parallel is not None:
+            self._parallel.mark()  # parameters that have come to another device since may be new ones
         return self.build_optimizer(self.model)
 
     def on_train_start(self) -> None:
@@ -142,8 +150,9 @@ class BaseTask(LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
         count = (batch["labels"] != IGNORE_INDEX).sum()
-        if self.trainer.world_size > 1:
-            dist.all_reduce(count)
+        _, shares, group = data_share(self.trainer)
+        if shares > 1:
+            dist.all_reduce(count, group=group)
         micro_batches = list(split_batch(batch, self.micro_batch_size))
         # the dtypes are said: where weights are half-precision, so is the default
         total = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -154,10 +163,13 @@ class BaseTask(LightningModule):
                 self.manual_backward(loss)
             total += loss.detach().float()
 
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # backends average over devices, which the factor world_size takes back
-        scale = self.trainer.world_size / count.float()
-        norm = norm_of(gradients).float() * scale
+        if self._parallel is not None:
+            self._parallel.sum_gradients()
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        # backends average over the shares of the batch, which is taken back
+        scale = shares / count.float()
+        norm = norm_of(gradients, trained).float() * scale
         if self.accepts is None or self.accepts(batch, total / count, norm):
             self._mean_and_clip(gradients, scale, norm)
         else:
@@ -207,9 +219,10 @@ class BaseTask(LightningModule):
         assert len(steps) <= self.log_every, "the ring was overwritten before it was read"
         self._window_start = step
         values = self._ring.clone()
-        if self.trainer.world_size > 1:
+        _, shares, group = data_share(self.trainer)
+        if shares > 1:
             sums = values[:, :3].contiguous()
-            dist.all_reduce(sums)  # counts and norms are equal on all devices already
+            dist.all_reduce(sums, group=group)  # counts and norms are equal on all devices already
             values[:, :3] = sums
         rows = values.cpu().double()[[s % self.log_every for s in steps]]
         nats, n_bytes, read, count, norm = rows.T

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from lmexp.optimizer.sharding import pieces_like, whole_state
+from lmexp.optimizer.sharding import pieces_like, shares_of, whole_shape, whole_state
+from lmexp.optimizer.tensor_parallel import share_of
 
 
 class Sharded(ModelParallelStrategy):
@@ -18,10 +19,10 @@ class Sharded(ModelParallelStrategy):
     Each process reads the file and keeps its pieces. `BaseTask.configure_model` does the sharding.
     """
 
-    def __init__(self, world_size: int, process_group_backend: str | None) -> None:
+    def __init__(self, data_parallel: int, tensor_parallel: int, process_group_backend: str | None) -> None:
         super().__init__(
-            data_parallel_size=world_size,
-            tensor_parallel_size=1,
+            data_parallel_size=data_parallel,
+            tensor_parallel_size=tensor_parallel,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
         )
@@ -32,11 +33,13 @@ class Sharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return whole_state(self.lightning_module.state_dict())
+        return whole_state(self.lightning_module.state_dict(), shares_of(self.lightning_module))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        return {**state, "state": {n: whole_state(s) for n, s in state["state"].items()}}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        whole = {n: whole_state(s, dict.fromkeys(s, share_of(parameters[n]))) for n, s in state["state"].items()}
+        return {**state, "state": whole}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -61,7 +64,7 @@ class Sharded(ModelParallelStrategy):
 
 def load_whole(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
     """Put whole tensors into a module whose own may be in pieces. Raises as `load_state_dict` does."""
-    own = module.state_dict()
+    own = dict(module.named_parameters(remove_duplicate=False))
     spread = dict(state)
     for name in own.keys() & state.keys():
         if _is_like(state[name], own[name]):
@@ -70,4 +73,4 @@ def load_whole(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _is_like(x: Any, p: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.shape == p.shape and x.dim() > 0
+    return isinstance(x, Tensor) and x.shape == whole_shape(p) and x.dim() > 0

@@ -76,6 +76,40 @@ def test_weights_in_pieces_train_as_whole_ones(tmp_path: Path, family: str, opti
         }
 
 
+SHARED_OUT: dict[str, tuple[str, ...]] = {
+    "llama": ("model=llama", "model.n_heads=4", "model.n_kv_heads=2", "model.qk_norm=true"),
+    "gpt": ("model=gpt", "model.dropout=0.0"),
+    "fast": ("model=fast", "model.value_layers=1"),
+    "bert": (*FAMILIES["encoder"], "trainer.micro_batch_size=4"),
+    "t5": (*FAMILIES["encoder_decoder"], "trainer.recompute_activations=true"),
+    # what is dropped is the same on devices that read the same
+    "transformer": ("model=transformer", "objective=span_corruption", "model.dropout=0.1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", SHARED_OUT)
+def test_weights_shared_out_train_as_whole_ones(tmp_path: Path, model: str, optimizer: str) -> None:
+    """Tensor parallelism on 2 processes, to 1e-4 of one process; the checkpoint is whole."""
+    options = (*SHARED_OUT[model], *OPTIMIZERS[optimizer], "callback.average.decay=0.9")
+    train(plan(*arguments(tmp_path, "one", *options)))
+    done = run(*arguments(tmp_path, "two", *options, "trainer=tp_fsdp_sim"))
+    assert done.returncode == 0, done.stderr
+    assert_curves(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert_curves(tmp_path / "one", tmp_path / "two", 5e-3, ("optim/grad_norm",))
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    for key in ("state_dict", "average"):
+        assert {n: x.shape for n, x in one[key].items()} == {n: x.shape for n, x in two[key].items()}
+        for name, value in one[key].items():
+            if value.dim() == 2:  # of biases of keys, whose gradients are rounding alone, nothing is the same
+                assert (value - two[key][name]).norm() < 1e-2 * value.norm(), name
+    for key, value in one["optimizer_states"][0]["state"].items():
+        assert {n: getattr(x, "shape", None) for n, x in value.items()} == {
+            n: getattr(x, "shape", None) for n, x in two["optimizer_states"][0]["state"][key].items()
+        }
+
+
 @pytest.mark.slow
 def test_weights_in_pieces_resume_and_export(tmp_path: Path) -> None:
     """From two processes with pieces on to one as to two; the export is one file with the logits of the checkpoint."""
@@ -100,6 +134,27 @@ def test_weights_in_pieces_resume_and_export(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = ours.head(ours(tokens))[..., : theirs.config.vocab_size]
         assert (logits - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_weights_shared_out_and_in_pieces_go_on_elsewhere(tmp_path: Path) -> None:
+    """Four processes, two copies of a model of two, and on from there on one, which reads what they have read."""
+    options = ("model=llama", *OPTIMIZERS["muon"], "optimizer.embedding_lr=0.003", "optimizer.head_lr=0.003")
+    shared_out = ("trainer=tp_fsdp_sim", "trainer.devices=4", "trainer.micro_batch_size=2")
+    train(plan(*arguments(tmp_path, "one", *options, "max_steps=16")))
+    done = run(*arguments(tmp_path, "four", *options, "max_steps=8", *shared_out))
+    assert done.returncode == 0, done.stderr
+    done = run(*arguments(tmp_path, "four", *options, "max_steps=12", "resume=auto", *shared_out))
+    assert done.returncode == 0, done.stderr
+    train(plan(*arguments(tmp_path, "four", *options, "max_steps=16", "resume=auto")))
+    assert_curves(tmp_path / "one", tmp_path / "four", 1e-4, ("train/loss",))
+    measured = tmp_path / "measured.json"
+    last = tmp_path / "four" / "checkpoints" / "last.ckpt"
+    args = (f"ckpt={last}", f"out={measured}", f"paths.cache_dir={tmp_path / 'cache'}")
+    done = run("job=evaluate", *args, "trainer=tp_fsdp_sim")
+    assert done.returncode == 0, done.stderr
+    expected = json.loads((tmp_path / "four" / "metrics.json").read_text())["val/loss"]
+    assert json.loads(measured.read_text())["validation/loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:

@@ -185,7 +185,9 @@ def test_matrix_products_of_less_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("trainer", "expected"), [("auto", "medium"), ("cpu", "highest")])
-def test_the_process_multiplies_as_the_trainer_says(trainer: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_multiplies_as_the_trainer_says(
+    trainer: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     monkeypatch.setattr("lmexp.job.train.train", lambda _: seen.append(torch.get_float32_matmul_precision()))
     try:
