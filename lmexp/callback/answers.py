@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
-from lmexp.data.loader import data_share
+from lmexp.data.loader import data_group, data_share
 from lmexp.decoding.beam import Beam
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.metric import summarization, text_to_text
@@ -149,10 +149,10 @@ class Answers(Scoring):
         with trainer.precision_plugin.forward_context(), gathered(task.model):
             own = self._answers(task.model, split, most)
         shares: list[Any] = [own]
-        _, n, group = data_share(trainer)
+        n = data_share(trainer)[1]
         if n > 1:
             shares = [None] * n
-            dist.all_gather_object(shares, own, group=group)
+            dist.all_gather_object(shares, own, group=data_group(trainer))
         self.latest = sorted(answer for share in shares for answer in share)
         columns = [a.output for a in self.latest], [a.reference for a in self.latest], [a.source for a in self.latest]
         self.measured = self.kind.scores(*columns, bootstrap)

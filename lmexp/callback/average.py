@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmexp.callback.base import RunCallback
 from lmexp.contracts import UserError
-from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, shares_of, whole_state
+from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, shares_of
 
 
 class WeightAverage(RunCallback):
@@ -35,7 +35,7 @@ class WeightAverage(RunCallback):
         if not self._average:
             self._average = {name: p.detach().clone() for name, p in live.items()}
         self._average = {
-            name: a if is_in_pieces(a) else pieces_like(a.to(local(live[name])), live[name])
+            name: a if is_in_pieces(a) else pieces_like(a.to(live[name].device), live[name])
             for name, a in self._average.items()
         }
 
@@ -58,7 +58,9 @@ class WeightAverage(RunCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert not self._swapped
         if self.decay is not None:
-            checkpoint["average"] = whole_state(self._average, shares_of(pl_module))
+            saved = getattr(trainer.strategy, "saved", None)  # as the weights are
+            shares = shares_of(pl_module)
+            checkpoint["average"] = dict(self._average) if saved is None else saved(self._average, shares)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.decay is not None:

@@ -24,6 +24,7 @@ from lmexp.callback.base import RunCallback
 from lmexp.callback.tracking import Tracking
 from lmexp.contracts import Interrupted, StorageError, UserError
 from lmexp.run import checkpoint as files
+from lmexp.run.pieces import read
 from lmexp.run.signals import SIGNALS, TWICE_S
 
 _PACED = 5
@@ -70,8 +71,12 @@ class CheckpointFiles(CheckpointIO):
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(self.load_unread(path))
+
+    def load_unread(self, path: Any) -> dict[str, Any]:
+        """Tensors in pieces are read when they are asked for."""
         known = self.read.pop(str(path), None)
-        return files.load(path) if known is None else known
+        return files.load(path, whole=False) if known is None else known
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
@@ -91,6 +96,7 @@ class Checkpoint(RunCallback):
         monitor: str,
         mode: str,
         background: bool = False,
+        sharded: bool = False,
     ) -> None:
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
@@ -104,6 +110,13 @@ class Checkpoint(RunCallback):
         self.keep = keep
         if not isinstance(background, bool):
             raise UserError(f"callback.checkpoint.background={background}; expected true or false.")
+        if not isinstance(sharded, bool):
+            raise UserError(f"callback.checkpoint.sharded={sharded}; expected true or false.")
+        if sharded and background:
+            raise UserError(
+                "callback.checkpoint.sharded=true with callback.checkpoint.background=true: a checkpoint in pieces is "
+                "written by all processes together, at once; set one of them to false."
+            )
         self.background = background
         self.monitor = monitor
         self.sign = 1 if mode == "min" else -1
@@ -286,7 +299,7 @@ def _link_and_tidy(folder: Path, step: int, best: int | None, keep: int) -> None
     files.link_last_and_best(folder, step, best)
     for old in files.saved_steps(folder)[:-keep]:
         if old not in (step, best):
-            (folder / files.step_file(old)).unlink()
+            files.remove(folder / files.step_file(old))
 
 
 def _then(written: Future[None], do: Callable[[], None]) -> None:

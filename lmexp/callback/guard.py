@@ -16,6 +16,7 @@ from lmexp.data.loader import data_share
 from lmexp.optimizer.sharding import norm_of
 from lmexp.run import checkpoint as files
 from lmexp.run.directory import write_json
+from lmexp.run.pieces import pieces_of
 
 _SETTLED = 20
 """Steps before the running average of the norm says what is usual."""
@@ -130,7 +131,7 @@ class Guard(RunCallback):
 
     def _record(self, batch: Batch, step: int, loss: float, norm: float, why: str) -> None:
         folder = self.session.directory.flight
-        rank, (share, shares, _) = self._trainer.global_rank, data_share(self._trainer)
+        rank, (share, shares) = self._trainer.global_rank, data_share(self._trainer)
         back = f"-back{self.rolled_back}" if self.rolled_back else ""
         name = f"step-{step:09d}{back}" + (f".rank{rank}" if rank else "")
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,11 +171,13 @@ class Guard(RunCallback):
         name = files.step_file(saved[-1])
         if not (directory.flight / name).exists():
             try:
-                os.link(directory.checkpoints / name, directory.flight / name)
+                for file in (*pieces_of(directory.checkpoints / name), directory.checkpoints / name):
+                    os.link(file, directory.flight / file.name)
             except OSError:  # a file system without hard links, or the file has just made way for a later one
                 if not (directory.checkpoints / name).exists():
                     return None
-                shutil.copy2(directory.checkpoints / name, directory.flight / name)
+                for file in (*pieces_of(directory.checkpoints / name), directory.checkpoints / name):
+                    shutil.copy2(file, directory.flight / file.name)
         return name
 
     # ---- what a checkpoint holds

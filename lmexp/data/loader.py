@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 
-def data_share(trainer: Any) -> tuple[int, int, Any]:
-    """Which share of the batch this device gets, of how many, and the group of devices that share it out (None: all).
+def data_share(trainer: Any) -> tuple[int, int]:
+    """Which share of the batch this device gets, and of how many: devices that share out the model itself
+    (`tensor_parallel`) get the same."""
+    groups = getattr(trainer.strategy, "groups", 1)
+    return trainer.global_rank // groups, trainer.world_size // groups
 
-    Devices that share out the model itself (`tensor_parallel`) get the same.
-    """
-    mesh = getattr(trainer.strategy, "_device_mesh", None)
-    if mesh is None:
-        return trainer.global_rank, trainer.world_size, None
-    across = mesh["data_parallel"]
-    return across.get_local_rank(), across.size(), None if across.size() == trainer.world_size else across.get_group()
+
+def data_group(trainer: Any) -> Any:
+    """The devices that share out a batch, one of each model; None: all. Not before they are connected."""
+    if getattr(trainer.strategy, "groups", 1) == 1:
+        return None
+    return trainer.strategy.device_mesh["data_parallel"].get_group()
 
 
 class Samples(Protocol):

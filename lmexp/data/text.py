@@ -406,7 +406,7 @@ class TextData(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         """(rank, world size) among those that share out the batch, 0 of 1 without a trainer."""
-        return (0, 1) if self.trainer is None else data_share(self.trainer)[:2]
+        return (0, 1) if self.trainer is None else data_share(self.trainer)
 
     def _local_batch_size(self) -> int:
         world_size = self._rank()[1]

@@ -154,7 +154,8 @@ def build_trainer(
         )
     elif cfg.trainer.strategy == "fsdp":
         across = cfg.trainer.tensor_parallel
-        strategy = Sharded(world_size // across, across, "gloo" if accelerator == "cpu" else None)
+        in_pieces = bool(OmegaConf.select(cfg, "callback.checkpoint.sharded", default=False))
+        strategy = Sharded(world_size // across, across, in_pieces, "gloo" if accelerator == "cpu" else None)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
     # lmexp or torchrun started the processes; Lightning would take those of a SLURM step for its own
     own: list[Any] = [] if is_torchelastic_launched() else [LightningEnvironment()]

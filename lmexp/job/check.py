@@ -64,6 +64,7 @@ def check(cfg: DictConfig, world_size: int, training: bool = True, classes: dict
     collect(lambda: check_devices(cfg, world_size))
     if not errors and training:
         collect(lambda: check_division(cfg, world_size))
+        collect(lambda: check_saving(cfg))
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
     collect(lambda: check_task(cfg, made))
     collect(lambda: check_objective(cfg, made))
@@ -336,6 +337,16 @@ def check_division(cfg: DictConfig, world_size: int) -> None:
             near = sorted(fits, key=lambda m: abs(m - micro))[:2]
             smaller = f", or trainer.micro_batch_size={' or '.join(str(m) for m in sorted(near))}"
         raise UserError(f"batch_size={batch} does not divide over {what}; set batch_size={nearest}{smaller}.")
+
+
+def check_saving(cfg: DictConfig) -> None:
+    """Raise `UserError` for checkpoints in pieces of what is in none."""
+    saving = cfg.callback.get("checkpoint")
+    if saving is not None and saving.get("sharded") and cfg.trainer.strategy != "fsdp":
+        raise UserError(
+            f"callback.checkpoint.sharded=true with trainer.strategy={cfg.trainer.strategy}, where every process has "
+            "the whole; set it to false, or choose trainer=fsdp. (Such a checkpoint is read in any case.)"
+        )
 
 
 def check_out(out: Any, key: str = "out") -> None:

@@ -59,7 +59,7 @@ MAY_CHANGE = (
     *("callback.answers.batch_size", "callback.answers.shown", "callback.answers.bootstrap"),
     *("callback.predictions", "metric.bootstrap"),
     *("callback.checkpoint.every_steps", "callback.checkpoint.every_minutes", "callback.checkpoint.keep"),
-    "callback.checkpoint.background",
+    *("callback.checkpoint.background", "callback.checkpoint.sharded"),
     "callback.guard",
     "data.corpus",  # where it lies; whether it is the same text is seen by its content
 )

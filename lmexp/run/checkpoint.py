@@ -20,6 +20,7 @@ import torch
 
 from lmexp.contracts import UserError
 from lmexp.run.directory import disk_errors
+from lmexp.run.pieces import piece_file, pieces_of, put_back, read
 
 FORMAT = 1
 """Version of the `lmexp` entry of a checkpoint."""
@@ -81,6 +82,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             raise
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint, the file that makes it one first."""
+    path.unlink()
+    for piece in pieces_of(path):
+        piece.unlink(missing_ok=True)
+
+
 def link(name: Path, target: str) -> None:
     """Point the symbolic link `name` to the sibling file `target`, replacing an older link in one step."""
     with disk_errors(name, "Linking a checkpoint"):
@@ -90,8 +98,9 @@ def link(name: Path, target: str) -> None:
         os.replace(temporary, name)
 
 
-def load(path: Path | str) -> dict[str, Any]:
-    """Read and verify a checkpoint of a run.
+def load(path: Path | str, whole: bool = True) -> dict[str, Any]:
+    """Read and verify a checkpoint of a run; not `whole`: tensors in pieces (`run/pieces.py`) only when they are asked
+    for.
 
     Raises `UserError` if the file is missing, truncated or altered (a record's CRC-32 differs), no checkpoint at
     all, holds pickled objects other than tensors and plain containers, or was not written by lmexp.
@@ -108,16 +117,7 @@ def load(path: Path | str) -> dict[str, Any]:
         raise UserError(f"Checkpoint {path} cannot be read: {error.strerror}. Give one that you may read.") from error
     if start != b"PK\x03\x04":
         raise UserError(f"{path} is not a checkpoint: it does not begin as the zip file that torch.save writes.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except _DAMAGE:
-        broken = "its directory"
-    if broken is not None:
-        raise UserError(
-            f"Checkpoint {path} is damaged: {broken} cannot be read (the file was cut off or altered). "
-            "Use another one of the same run's checkpoints/."
-        )
+    _refuse_damage(path, path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -134,7 +134,36 @@ def load(path: Path | str) -> dict[str, Any]:
         )
     if checkpoint["lmexp"]["format"] > FORMAT:
         raise NewerFormat(f"Checkpoint {path} was written by a newer lmexp; this one reads format {FORMAT} at most.")
-    return checkpoint
+    if "pieces" not in checkpoint:
+        return checkpoint
+    in_pieces = checkpoint.pop("pieces")
+    at = path.resolve()  # best.ckpt and last.ckpt are links
+    written = [piece_file(at, rank, in_pieces["processes"]) for rank in range(in_pieces["processes"])]
+    held = []
+    for file_ in written:
+        if not file_.is_file():
+            raise UserError(
+                f"Checkpoint {path} is in pieces, and {file_.name} is not beside it. Keep the files of a checkpoint "
+                "together, or use another one of the same run's checkpoints/."
+            )
+        _refuse_damage(file_, path)
+        held.append(torch.load(file_, map_location="cpu", weights_only=True, mmap=True))
+    checkpoint = put_back(checkpoint, held, in_pieces["groups"])
+    return read(checkpoint) if whole else checkpoint
+
+
+def _refuse_damage(file: Path, checkpoint: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    except _DAMAGE:
+        broken = "its directory"
+    if broken is not None:
+        where = "" if file == checkpoint else f" of {file.name}"
+        raise UserError(
+            f"Checkpoint {checkpoint} is damaged: {broken}{where} cannot be read (the file was cut off or altered). "
+            "Use another one of the same run's checkpoints/."
+        )
 
 
 def _refused_object(error: Exception) -> str:
@@ -174,11 +203,14 @@ def last_valid(directory: Path, say: Callable[[str], None], tidy: bool = True) -
     if tidy:
         for leftover in directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
+        for piece in directory.glob("step-*.ckpt.*-of-*"):  # of one that was not finished
+            if not piece.with_suffix("").exists():
+                piece.unlink()
     damaged = []
     for step in reversed(saved_steps(directory)):
         path = directory / step_file(step)
         try:
-            content = load(path)
+            content = load(path, whole=False)
         except NewerFormat:
             raise
         except UserError as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lmexp.contracts import IGNORE_INDEX, Batch, Schedule, StepRecord, UserError
-from lmexp.data.loader import data_share, each_tensor
+from lmexp.data.loader import data_group, data_share, each_tensor
 from lmexp.model.lora import LoRA, add_lora
 from lmexp.optimizer.sharding import norm_of, recompute_activations, scale_, shard
 from lmexp.optimizer.tensor_parallel import TensorParallel
@@ -104,7 +104,7 @@ class BaseTask(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.metric.to(self.device)
         self.metric.reset()
-        self.metric.process_group = data_share(self.trainer)[2]
+        self.metric.process_group = data_group(self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         """Write the numbers of the split under val/, against the optimizer step."""
@@ -150,9 +150,9 @@ class BaseTask(LightningModule):
             group["lr"] = group["initial_lr"] * factor
 
         count = (batch["labels"] != IGNORE_INDEX).sum()
-        _, shares, group = data_share(self.trainer)
+        shares = data_share(self.trainer)[1]
         if shares > 1:
-            dist.all_reduce(count, group=group)
+            dist.all_reduce(count, group=data_group(self.trainer))
         micro_batches = list(split_batch(batch, self.micro_batch_size))
         # the dtypes are said: where weights are half-precision, so is the default
         total = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -219,10 +219,9 @@ class BaseTask(LightningModule):
         assert len(steps) <= self.log_every, "the ring was overwritten before it was read"
         self._window_start = step
         values = self._ring.clone()
-        _, shares, group = data_share(self.trainer)
-        if shares > 1:
+        if data_share(self.trainer)[1] > 1:
             sums = values[:, :3].contiguous()
-            dist.all_reduce(sums, group=group)  # counts and norms are equal on all devices already
+            dist.all_reduce(sums, group=data_group(self.trainer))  # counts and norms are equal on all devices already
             values[:, :3] = sums
         rows = values.cpu().double()[[s % self.log_every for s in steps]]
         nats, n_bytes, read, count, norm = rows.T

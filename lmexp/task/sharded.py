@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from lmexp.optimizer.sharding import pieces_like, shares_of, whole_shape, whole_state
-from lmexp.optimizer.tensor_parallel import share_of
+from lmexp.contracts import StorageError
+from lmexp.optimizer.sharding import is_in_pieces, local, pieces_like, shares_of, whole_shape, whole_state
+from lmexp.optimizer.tensor_parallel import Share, share_of
+from lmexp.run import checkpoint as files
+from lmexp.run.pieces import Piece, Whole, piece_file, taken_out
 
 
 class Sharded(ModelParallelStrategy):
-    """One file holds everything, whole, so that it loads on any number of devices and without this strategy.
+    """One file holds everything, whole, so that it loads on any number of devices and without this strategy; or, with
+    `in_pieces`, each process writes what it has, which loads the same way.
 
-    Each process reads the file and keeps its pieces. `BaseTask.configure_model` does the sharding.
+    Each process reads all and keeps its pieces. `BaseTask.configure_model` does the sharding.
     """
 
-    def __init__(self, data_parallel: int, tensor_parallel: int, process_group_backend: str | None) -> None:
+    def __init__(
+        self, data_parallel: int, tensor_parallel: int, in_pieces: bool, process_group_backend: str | None
+    ) -> None:
         super().__init__(
             data_parallel_size=data_parallel,
             tensor_parallel_size=tensor_parallel,
@@ -27,22 +35,55 @@ class Sharded(ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
 
+        self.in_pieces = in_pieces
+        self.groups = tensor_parallel
+        """Devices of one copy of the model, which read the same."""
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return whole_state(self.lightning_module.state_dict(), shares_of(self.lightning_module))
+        return self.saved(self.lightning_module.state_dict(), shares_of(self.lightning_module))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        whole = {n: whole_state(s, dict.fromkeys(s, share_of(parameters[n]))) for n, s in state["state"].items()}
-        return {**state, "state": whole}
+        saved = {n: self.saved(s, dict.fromkeys(s, share_of(parameters[n]))) for n, s in state["state"].items()}
+        return {**state, "state": saved}
+
+    def saved(self, state: Mapping[str, Any], like: Mapping[str, Share | None]) -> dict[str, Any]:
+        """A state dict as a checkpoint holds it; `like`: how the tensors of a name are shared out. Collective."""
+        if not self.in_pieces:
+            return whole_state(state, like)
+        return {name: _piece(x, like.get(name)) if is_in_pieces(x) else x for name, x in state.items()}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if not self.in_pieces:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        own: dict[str, Tensor] = {}
+        checkpoint = taken_out(checkpoint, own)
+        error: StorageError | None = None
+        try:
+            files.save(own, piece_file(path, self.global_rank, self.world_size))
+        except StorageError as raised:
+            error = raised
+        failed = torch.tensor(int(error is not None), device=self.root_device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)  # the checkpoint stands only where all of its pieces do
+        if error is not None:
+            raise error
+        if failed:
+            raise StorageError("Another process could not write its part of a checkpoint; it says why.")
+        checkpoint["pieces"] = {"processes": self.world_size, "groups": self.groups}
+        super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        read: Any = self.checkpoint_io
+        content: dict[str, Any] = read.load_unread(checkpoint_path)
+        return content
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -73,4 +114,11 @@ def load_whole(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _is_like(x: Any, p: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.shape == whole_shape(p) and x.dim() > 0
+    return isinstance(x, (Tensor, Whole)) and x.shape == whole_shape(p) and len(x.shape) > 0
+
+
+def _piece(x: Any, share: Share | None) -> Piece:
+    whole = list(x.shape)
+    if share is not None:
+        whole[share.dim] = sum(share.spans)
+    return Piece(local(x), tuple(whole), None if share is None else (share.dim, share.spans))

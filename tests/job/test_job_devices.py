@@ -141,12 +141,16 @@ def test_weights_shared_out_and_in_pieces_go_on_elsewhere(tmp_path: Path) -> Non
     """Four processes, two copies of a model of two, and on from there on one, which reads what they have read."""
     options = ("model=llama", *OPTIMIZERS["muon"], "optimizer.embedding_lr=0.003", "optimizer.head_lr=0.003")
     shared_out = ("trainer=tp_fsdp_sim", "trainer.devices=4", "trainer.micro_batch_size=2")
-    train(plan(*arguments(tmp_path, "one", *options, "max_steps=16")))
-    done = run(*arguments(tmp_path, "four", *options, "max_steps=8", *shared_out))
+    train(plan(*arguments(tmp_path, "one", *options, "max_steps=16", "callback.average.decay=0.9")))
+    in_pieces = ("callback.checkpoint.sharded=true", "callback.average.decay=0.9")
+    done = run(*arguments(tmp_path, "four", *options, "max_steps=8", *shared_out, *in_pieces))
     assert done.returncode == 0, done.stderr
-    done = run(*arguments(tmp_path, "four", *options, "max_steps=12", "resume=auto", *shared_out))
+    done = run(*arguments(tmp_path, "four", *options, "max_steps=12", "resume=auto", *shared_out, *in_pieces))
     assert done.returncode == 0, done.stderr
-    train(plan(*arguments(tmp_path, "four", *options, "max_steps=16", "resume=auto")))
+    saved = tmp_path / "four" / "checkpoints"
+    kept = sorted(p.name for p in saved.glob("step-*.ckpt"))
+    assert sorted(p.name for p in saved.glob("*-of-4")) == [f"{name}.{rank}-of-4" for name in kept for rank in range(4)]
+    train(plan(*arguments(tmp_path, "four", *options, "max_steps=16", "resume=auto", "callback.average.decay=0.9")))
     assert_curves(tmp_path / "one", tmp_path / "four", 1e-4, ("train/loss",))
     measured = tmp_path / "measured.json"
     last = tmp_path / "four" / "checkpoints" / "last.ckpt"
