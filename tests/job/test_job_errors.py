@@ -66,6 +66,12 @@ def test_all_misfits_are_told_at_once() -> None:
         (["trainer.tensor_parallel=2"], 2, ["trainer.tensor_parallel=2 with trainer.strategy=single", "tp_fsdp"]),
         (["trainer.tensor_parallel=0"], 1, ["trainer.tensor_parallel=0", "at least 1"]),
         (["trainer=tp_fsdp_sim", "trainer.compile=true"], 2, ["trainer.tensor_parallel=2 with trainer.compile=true"]),
+        (["callback.checkpoint.sharded=true"], 1, ["callback.checkpoint.sharded=true", "trainer=fsdp"]),
+        (
+            ["trainer=fsdp_sim", "callback.checkpoint.sharded=true", "callback.checkpoint.background=true"],
+            2,
+            ["callback.checkpoint.sharded=true with callback.checkpoint.background=true"],
+        ),
         (["trainer.accelerator=tpu"], 1, ["trainer.accelerator=tpu"]),
         (["+optimizer.foo=1"], 1, ["optimizer", "foo"]),
         (["callback.checkpoint.monitor=val/los"], 1, ["callback.checkpoint.monitor=val/los", "val/loss"]),
