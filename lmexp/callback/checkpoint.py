@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from lmexp.callback.base import RunCallback
 from lmexp.callback.tracking import Tracking
 from lmexp.contracts import Interrupted, StorageError, UserError
+from lmexp.data.loader import data_share
 from lmexp.run import checkpoint as files
 from lmexp.run.pieces import read
 from lmexp.run.signals import SIGNALS, TWICE_S
@@ -140,8 +141,9 @@ class Checkpoint(RunCallback):
         self._files.background = self.background
         pl_module.planned_steps = self._planned if self.session.max_seconds is not None else None  # type: ignore[assignment]
         if self._random:
-            if trainer.global_rank < len(self._random):
-                _set_random_state(self._random[trainer.global_rank])
+            share = data_share(trainer)[0]
+            if share < len(self._random):
+                _set_random_state(self._random[share])
             self._random = []  # a rank that was not there before keeps what its seed gave it
         if trainer.world_size > 1:
             # the processes agree through the CPU, so that no step waits for a GPU
@@ -194,8 +196,10 @@ class Checkpoint(RunCallback):
             self._end_of_step(trainer, pl_module, validated=True)
 
     def _end_of_step(self, trainer: Trainer, task: LightningModule, validated: bool) -> None:
-        better = validated and self._is_better()
-        stop = self._agree(self._signal is not None)[0] if validated else self._stop_after
+        better, stop = False, self._stop_after
+        if validated:  # devices that share out a model measure by themselves, to the last bit or nearly so
+            stop, better, ends = self._agree(self._signal is not None, self._is_better(), trainer.should_stop)
+            trainer.should_stop = ends
         at_validations = validated and self.every_steps is None
         if better or stop or self._save_after or at_validations or trainer.should_stop:
             with self.session.pause():
@@ -272,6 +276,7 @@ class Checkpoint(RunCallback):
         if trainer.world_size > 1:
             states = [{} for _ in range(trainer.world_size)]
             dist.all_gather_object(states, _random_state())
+            states = states[:: trainer.world_size // data_share(trainer)[1]]  # those that read the same have the same
         _between_steps(checkpoint["loops"]["fit_loop"], step, self.session.validate_every)
         checkpoint["lmexp"] = {
             **self.session.record,

@@ -170,14 +170,15 @@ class Guard(RunCallback):
             return None
         name = files.step_file(saved[-1])
         if not (directory.flight / name).exists():
-            try:
-                for file in (*pieces_of(directory.checkpoints / name), directory.checkpoints / name):
-                    os.link(file, directory.flight / file.name)
-            except OSError:  # a file system without hard links, or the file has just made way for a later one
-                if not (directory.checkpoints / name).exists():
-                    return None
-                for file in (*pieces_of(directory.checkpoints / name), directory.checkpoints / name):
-                    shutil.copy2(file, directory.flight / file.name)
+            for file in (*pieces_of(directory.checkpoints / name), directory.checkpoints / name):
+                kept = directory.flight / file.name
+                kept.unlink(missing_ok=True)  # of an attempt that was killed
+                try:
+                    os.link(file, kept)
+                except OSError:  # a file system without hard links, or the file has just made way for a later one
+                    if not file.exists():
+                        return None
+                    shutil.copy2(file, kept)
         return name
 
     # ---- what a checkpoint holds

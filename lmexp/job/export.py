@@ -38,7 +38,7 @@ def export(plan: Plan) -> None:
         raise UserError("job=export needs a checkpoint: ckpt=RUN_DIRECTORY or ckpt=FILE.")
     out = check_new_folder(cfg.out)
     path = files.resolve(str(cfg.ckpt))
-    checkpoint = files.load(path)
+    checkpoint = files.load_model(path)
     model, dtype = model_of(plan, checkpoint, path)
     segments = checkpoint["lmexp"]["config"]["objective"].get("segments", False)
     tokenizer = Tokenizer.from_json(checkpoint["lmexp"]["tokenizer"])

@@ -104,7 +104,7 @@ def find(init_from: str, cache_dir: Path | str) -> Origin:
 
 
 def _of_run(name: str, path: Path, cache_dir: Path) -> Origin:
-    checkpoint = files.load(path)
+    checkpoint = files.load_model(path)
     entry = checkpoint["lmexp"]
     tokenizer = Tokenizer.from_json(entry["tokenizer"])
     return Origin(

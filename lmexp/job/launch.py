@@ -58,7 +58,7 @@ def run_here(plan: Plan) -> float | None:
     """Run the job in this process."""
     _limit_threads(plan)
     _keep_freed_memory()
-    _set_matmul_precision(plan)
+    set_matmul_precision(plan.config.trainer.matmul_precision)
     from hydra.utils import get_method
 
     return get_method(plan.config.job._target_)(plan)
@@ -92,12 +92,11 @@ def _limit_threads(plan: Plan) -> None:
             sys.modules["torch"].set_num_threads(threads)
 
 
-def _set_matmul_precision(plan: Plan) -> None:
+def set_matmul_precision(wanted: str) -> None:
     """Say how exactly float32 matrices are multiplied in this process, sums being of float32 in any case.
 
     On a CPU with units for bf16 (AMX) `medium` takes a third of the time; on one without, nothing changes.
     """
-    wanted = plan.config.trainer.matmul_precision
     if wanted not in ("highest", "high", "medium"):
         raise UserError(f"trainer.matmul_precision={wanted}; expected highest, high or medium.")
     import torch

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from lmexp.callback.guard import Guard, Rollback, texts_of
 from lmexp.contracts import IGNORE_INDEX, Batch, UserError
 from lmexp.job.check import check
+from lmexp.job.launch import set_matmul_precision
 from lmexp.job.plan import Plan
 from lmexp.job.restore import refuse_foreign_parts
 from lmexp.job.train import quiet_libraries, train_in
 from lmexp.optimizer.sharding import norm_of
 from lmexp.run.directory import RunDirectory, disk_errors, write_json
+from lmexp.run.pieces import pieces_of
 from lmexp.run.terminal import Terminal
 from lmexp.task.base import BaseTask, split_batch
 
@@ -56,8 +58,11 @@ def replay(plan: Plan) -> float:
             source = record_file.parent / record["checkpoint"]
             if not source.exists():
                 raise UserError(f"{source} is gone; the step can be reached from this checkpoint only.")
-            shutil.copy2(source, directory.checkpoints)
-        report = _run_to(record, _configured(plan, saved, directory), plan, directory)
+            for file in (*pieces_of(source), source):
+                shutil.copy2(file, directory.checkpoints)
+        cfg = _configured(plan, saved, directory)
+        set_matmul_precision(cfg.trainer.matmul_precision)
+        report = _run_to(record, cfg, plan, directory)
     _show(report, terminal)
     if plan.config.out is not None:
         with disk_errors(plan.config.out, "Writing out="):
@@ -87,7 +92,12 @@ def _configured(plan: Plan, saved: DictConfig, directory: RunDirectory) -> DictC
     plain: Any = OmegaConf.to_container(saved)
     refuse_foreign_parts(plain)
     cfg = OmegaConf.create(plain)
-    cfg.trainer = plan.config.trainer
+    cfg.trainer = plan.config.trainer.copy()
+    asked = {override.lstrip("+~").partition("=")[0] for override in plan.overrides}
+    for key, before in (("precision", "auto"), ("matmul_precision", "highest")):  # exact, unless asked otherwise
+        if f"trainer.{key}" not in asked:
+            cfg.trainer[key] = saved.trainer.get(key, before)
+    cfg.callback.checkpoint.sharded = False  # read it is in any case
     cfg.paths = OmegaConf.merge(cfg.paths, {"run_dir": str(directory.path)})
     cfg.resume = "auto"
     cfg.callback.guard.policy = cfg.callback.guard.policy.replace("rollback", "raise")

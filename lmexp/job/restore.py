@@ -61,7 +61,7 @@ def restore(plan: Plan, world_size: int) -> Restored:
     if plan.config.ckpt is None:
         raise UserError(f"job={plan.choices['job']} needs a checkpoint: ckpt=RUN_DIRECTORY or ckpt=FILE.")
     path = files.resolve(str(plan.config.ckpt))
-    checkpoint = files.load(path)
+    checkpoint = files.load(path, whole=False)
     entry = checkpoint["lmexp"]
     cfg = merged(plan, entry["config"])
     parts = check(cfg, world_size, training=False, classes=entry.get("classes"))

@@ -35,7 +35,7 @@ from lmexp.run.ledger import ENDED_WELL, Entry, Ledger, key_of
 HOW = ("trainer", "logger", "log_every", "callback.progress")
 """Keys that say how, not what: unless a sweep varies them, a job with another value is the same job."""
 
-NOT_CONTENT = ("paths", "resume", "seeds", "sweep")
+NOT_CONTENT = ("paths", "resume", "seeds", "sweep", "callback.checkpoint.sharded")
 """Keys that are no part of what a job computes."""
 
 

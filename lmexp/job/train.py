@@ -114,6 +114,9 @@ def train_in(
     if found is not None:
         entry = found[1]["lmexp"]
         refuse_changes(cfg, entry["config"])
+        before = entry["config"]["trainer"].get("matmul_precision", "highest")
+        if before != cfg.trainer.matmul_precision:
+            terminal.print(f"trainer.matmul_precision was {before} so far, and is {cfg.trainer.matmul_precision} now.")
         checkpoint_files.read[str(found[0])] = found[1]  # Lightning takes it from there, once
     path = None if found is None else found[0]
     del found
@@ -195,7 +198,7 @@ def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session
     if dist.is_initialized():
         dist.barrier()  # the first process links the checkpoints after the others have done their part
     path = files.resolve(str(session.directory.path))
-    load_weights(task, files.load(path), str(path))
+    load_weights(task, files.load(path, whole=False), str(path))
     measured = measured_on(cfg, data, task, scoring, "test", None, world_size)
     session.metrics |= {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
     if scoring.shown:

@@ -66,10 +66,11 @@ def norm_of(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> 
     group = next((share.group for share in shares if share is not None), None)
     if group is None:
         return _norm(tensors)
-    shared_out = _norm([t for t, share in zip(tensors, shares, strict=True) if share is not None]).square()
-    dist.all_reduce(shared_out, group=group)
-    rest = [t for t, share in zip(tensors, shares, strict=True) if share is None]
-    return (shared_out + _norm(rest).square() if rest else shared_out).sqrt()
+    square = _norm([t for t, share in zip(tensors, shares, strict=True) if share is not None]).square()
+    if rest := [t for t, share in zip(tensors, shares, strict=True) if share is None]:
+        square += _norm(rest).square() / dist.get_world_size(group)
+    dist.all_reduce(square, group=group)  # of all, so that it is the same to the bit on all
+    return square.sqrt()
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

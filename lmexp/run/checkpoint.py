@@ -147,9 +147,29 @@ def load(path: Path | str, whole: bool = True) -> dict[str, Any]:
                 "together, or use another one of the same run's checkpoints/."
             )
         _refuse_damage(file_, path)
-        held.append(torch.load(file_, map_location="cpu", weights_only=True, mmap=True))
+        held.append(_tensors(file_, path, in_pieces["id"]))
     checkpoint = put_back(checkpoint, held, in_pieces["groups"])
     return read(checkpoint) if whole else checkpoint
+
+
+def _tensors(file: Path, checkpoint: Path, of: str) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        known, tensors = content["of"], content["tensors"]
+    except (pickle.UnpicklingError, *_DAMAGE, KeyError, TypeError) as error:
+        raise UserError(f"Checkpoint {checkpoint} is in pieces, and {file.name} is none of them ({error}).") from None
+    if known != of:
+        raise UserError(
+            f"Checkpoint {checkpoint} is in pieces, and {file.name} is of another one. Keep the files of a checkpoint "
+            "together, or use another one of the same run's checkpoints/."
+        )
+    return tensors
+
+
+def load_model(path: Path | str) -> dict[str, Any]:
+    """The same without the optimizer's state, which is not read where it is in pieces."""
+    checkpoint: dict[str, Any] = load(path, whole=False)
+    return read({key: value for key, value in checkpoint.items() if key != "optimizer_states"})
 
 
 def _refuse_damage(file: Path, checkpoint: Path) -> None:
@@ -220,6 +240,8 @@ def last_valid(directory: Path, say: Callable[[str], None], tidy: bool = True) -
         if damaged:
             say(f"Falling back to {path.name}.")
         for bad in damaged if tidy else ():
+            for piece in pieces_of(bad):
+                piece.rename(piece.with_name(f"{bad.stem}.damaged{piece.suffix}"))
             bad.rename(bad.with_suffix(".damaged"))
         return path, content
     if damaged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,22 @@ class Sharded(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         own: dict[str, Tensor] = {}
         checkpoint = taken_out(checkpoint, own)
-        error: StorageError | None = None
+        of = self.broadcast(uuid.uuid4().hex)
+        mine = piece_file(path, self.global_rank, self.world_size)
+        error: Exception | None = None
         try:
-            files.save(own, piece_file(path, self.global_rank, self.world_size))
-        except StorageError as raised:
+            files.save({"of": of, "tensors": own}, mine)
+        except Exception as raised:
             error = raised
         failed = torch.tensor(int(error is not None), device=self.root_device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)  # the checkpoint stands only where all of its pieces do
+        if failed and not path.exists():
+            mine.unlink(missing_ok=True)
         if error is not None:
             raise error
         if failed:
             raise StorageError("Another process could not write its part of a checkpoint; it says why.")
-        checkpoint["pieces"] = {"processes": self.world_size, "groups": self.groups}
+        checkpoint["pieces"] = {"processes": self.world_size, "groups": self.groups, "id": of}
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -85,12 +85,13 @@ def test_numbers_do_not_depend_on_how_the_batch_is_split(tmp_path: Path, kind: s
     if family != "encoder":
         return
 
-    done = run(*args, "trainer=ddp_sim", f"paths.run_dir={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    for name in named:
-        near = {"abs": 0.05} if "auroc" in name else {"rel": 1e-4, "abs": 1e-6}
-        assert two[name] == pytest.approx(whole[name], **near), name
+    for trainer in ("ddp_sim", "tp_fsdp_sim"):
+        done = run(*args, f"trainer={trainer}", f"paths.run_dir={tmp_path / trainer}")
+        assert done.returncode == 0, done.stderr
+        two = json.loads((tmp_path / trainer / "metrics.json").read_text())
+        for name in named:
+            near = {"abs": 0.05} if "auroc" in name else {"rel": 1e-4, "abs": 1e-6}
+            assert two[name] == pytest.approx(whole[name], **near), name
 
 
 def test_a_run_that_crashed_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,17 @@ def test_weights_shared_out_and_in_pieces_go_on_elsewhere(tmp_path: Path) -> Non
     assert json.loads(measured.read_text())["validation/loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_dropout_goes_on_where_weights_are_shared_out(tmp_path: Path) -> None:
+    """Devices that read the same drop the same, also after one device has come that far."""
+    options = ("model=transformer", "objective=span_corruption", "model.dropout=0.1", *OPTIMIZERS["adamw"])
+    train(plan(*arguments(tmp_path, "one", *options, "max_steps=12")))
+    train(plan(*arguments(tmp_path, "two", *options, "max_steps=6")))
+    done = run(*arguments(tmp_path, "two", *options, "max_steps=12", "resume=auto", "trainer=tp_fsdp_sim"))
+    assert done.returncode == 0, done.stderr
+    assert_curves(tmp_path / "one", tmp_path / "two", 1e-4, ("train/loss",))
+
+
 def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     options = ("model=gpt", "model.dropout=0.1")
     train(plan(*arguments(tmp_path, "kept", *options)))

@@ -95,11 +95,14 @@ def test_skip_leaves_everything_as_it_was(planted: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "trainer", [("trainer=ddp_sim",), ("trainer=tp_fsdp_sim", "callback.checkpoint.sharded=true")], ids=["ddp", "tp"]
+)
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_two_processes_agree(planted: list[str], tmp_path: Path, policy: str) -> None:
+def test_two_processes_agree(planted: list[str], tmp_path: Path, policy: str, trainer: tuple[str, ...]) -> None:
     """Bar: both ranks end with a finite loss at the same step; as one process does."""
     args = [*planted, f"callback.guard.policy={policy}"]
-    done = run(*args, "trainer=ddp_sim", f"paths.run_dir={tmp_path / 'two'}")
+    done = run(*args, *trainer, f"paths.run_dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     train(plan(*args, f"paths.run_dir={tmp_path / 'one'}"))
     one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))

@@ -42,8 +42,8 @@ def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
     curves = scalars(run_dir)
     assert [step for step, _ in curves["val/bleu"]] == [3, 6]
 
-    # the same from the checkpoint, on one process and on two
-    for name, more in (("one", []), ("two", ["trainer=ddp_sim"])):
+    # the same from the checkpoint, on one process, on two and on two that share it out
+    for name, more in (("one", []), ("two", ["trainer=ddp_sim"]), ("shared", ["trainer=tp_fsdp_sim"])):
         out = tmp_path / f"{name}.json"
         asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", f"out={out}", *more]
         if more:
@@ -56,11 +56,12 @@ def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
             assert measured[key] == pytest.approx(metrics[key], rel=1e-6), key
 
     # two processes train and score as one does
-    done = run(*args, "trainer=ddp_sim", f"paths.run_dir={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    for key in ("test/bleu", "test/chrf", "test/exact_match", "test/loss", "val/bleu"):
-        assert two[key] == pytest.approx(metrics[key], rel=1e-5), key
+    for trainer in ("ddp_sim", "tp_fsdp_sim"):
+        done = run(*args, f"trainer={trainer}", f"paths.run_dir={tmp_path / trainer}")
+        assert done.returncode == 0, done.stderr
+        two = json.loads((tmp_path / trainer / "metrics.json").read_text())
+        for key in ("test/bleu", "test/chrf", "test/exact_match", "test/loss", "val/bleu"):
+            assert two[key] == pytest.approx(metrics[key], rel=1e-5), key
 
     # going on with a finished run scores it again, to the same numbers
     (run_dir / "metrics.json").unlink()

@@ -18,7 +18,7 @@ BIAS = torch.arange(7.0)
 SPANS = (12, 8, 4)
 
 
-def write(path: Path) -> None:
+def write(path: Path, of: str = "a") -> None:
     """As `COPIES` x `GROUPS` processes would: rows by hand, each span's halves to the two members of a group."""
     for rank in range(GROUPS * COPIES):
         copy, member = divmod(rank, GROUPS)
@@ -38,9 +38,9 @@ def write(path: Path) -> None:
         }
         own: dict[str, torch.Tensor] = {}
         marked = taken_out(content, own)
-        files.save(own, piece_file(path, rank, GROUPS * COPIES))
+        files.save({"of": of, "tensors": own}, piece_file(path, rank, GROUPS * COPIES))
         if rank == 0:
-            main = {**marked, "pieces": {"processes": GROUPS * COPIES, "groups": GROUPS}}
+            main = {**marked, "pieces": {"processes": GROUPS * COPIES, "groups": GROUPS, "id": of}}
     files.save(main, path)
 
 
@@ -70,11 +70,19 @@ def test_a_missing_or_damaged_piece_is_named(tmp_path: Path) -> None:
         files.load(tmp_path / files.step_file(5))
     with pytest.raises(UserError, match=r"of step-000000004\.ckpt\.1-of-6 cannot be read"):
         files.load(tmp_path / files.step_file(4))
+    write(tmp_path / "other.ckpt", of="b")
+    write(tmp_path / files.step_file(6))
+    piece_file(tmp_path / "other.ckpt", 2, 6).rename(piece_file(tmp_path / files.step_file(6), 2, 6))
+    with pytest.raises(UserError, match=r"step-000000006\.ckpt\.2-of-6 is of another one"):
+        files.load(tmp_path / files.step_file(6))
     told: list[str] = []
     found = files.last_valid(tmp_path, told.append)
     assert found is not None
     assert found[0].name == files.step_file(3)
-    assert len(told) == 3
+    assert len(told) == 4
+    assert files.last_valid(tmp_path, told.append) is not None
+    for step, left in ((5, 5), (4, 6), (6, 6)):  # what is left of them stays
+        assert len(list(tmp_path.glob(f"step-{step:09d}.damaged.*-of-6"))) == left
 
 
 def test_pieces_go_with_their_checkpoint(tmp_path: Path) -> None:
