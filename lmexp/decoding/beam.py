@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lmexp.contracts import UserError
-from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, without_gradients
+from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, weights_by_columns, without_gradients
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def beam_search(
     Every step looks at the 2 * `beams` likeliest next tokens of a row's texts together, so that as many texts go on
     as before however many end; one ends where it is among the `beams` likeliest. Rows that are done leave the batch.
     """
-    with without_gradients(model):
+    with weights_by_columns(model), without_gradients(model):
         return _search(model, prompts, beam, eos_id, vocab_size)
 
 
@@ -75,7 +76,7 @@ def _search(
             whole = [[*before[row], *text] for row, own in zip(active, texts, strict=True) for text in own]
             log_p = constraints(log_p, whole, written, eos_id)
         total = (log_p.view(len(active), -1, vocab_size) + scores.to(device)[..., None]).flatten(1)
-        best, places = total.topk(min(2 * beam.beams, total.shape[1]))
+        best, places = _top(total, min(2 * beam.beams, total.shape[1]))
         last = written == steps.most - 1
         going_on: list[int] = []
         next_texts: list[list[list[int]]] = []
@@ -109,6 +110,27 @@ def _search(
         steps.select(torch.tensor(sources, device=device))
         steps.append(torch.tensor(tokens, device=device))
     return finished
+
+
+_CHUNK = 64
+
+
+def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers of each row and their places. They are in the k chunks with the largest maxima, or among
+    the last few numbers, which are no chunk; to look there alone takes a third of the time."""
+    n = x.shape[1] // _CHUNK
+    if n < 4 * k:
+        values, places = x.topk(k)
+        return values, places
+    chunks, rest = x[:, : n * _CHUNK].view(len(x), n, _CHUNK), x[:, n * _CHUNK :]
+    _, which = chunks.amax(-1).topk(k)
+    candidates = chunks.gather(1, which[..., None].expand(-1, -1, _CHUNK)).flatten(1)
+    at = (which[..., None] * _CHUNK + torch.arange(_CHUNK, device=x.device)).flatten(1)
+    if rest.shape[1]:
+        candidates = torch.cat((candidates, rest), 1)
+        at = torch.cat((at, torch.arange(n * _CHUNK, x.shape[1], device=x.device).expand_as(rest)), 1)
+    values, order = candidates.topk(k)
+    return values, at.gather(1, order)
 
 
 def _staying(running: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:

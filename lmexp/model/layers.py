@@ -522,6 +522,8 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied.weight
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.softcap = softcap
+        self.by_columns: Tensor | None = None
+        """The weight in another layout, for logits alone; decoding sets it for a while."""
         self._chunk = _chunk_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -531,7 +533,8 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), at least float32, of hidden states (..., D)."""
-        return _logits(hidden, self.weight, self.bias, self.softcap)
+        weight = self.weight if self.by_columns is None else self.by_columns
+        return _logits(hidden, weight, self.bias, self.softcap)
 
     def loss(
         self,

@@ -1,10 +1,13 @@
 """Generation against plain forward passes, and sampling against its definitions."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from lmexp.contracts import UserError
 from lmexp.decoding.generate import Sampling, distribution, generate, next_tokens
+from lmexp.decoding.steps import weights_by_columns
 from lmexp.model.fast import FastConfig
 from lmexp.model.gpt import GPTConfig
 from lmexp.model.llama import LlamaConfig
@@ -146,3 +149,23 @@ def test_temperature_to_zero_is_greedy():
 def test_bad_values_are_refused(field):
     with pytest.raises(UserError, match=next(iter(field))):
         Sampling(**field)
+
+
+def test_weights_are_stored_as_before_afterwards() -> None:
+    model: Any = GPTConfig(n_layers=1, n_heads=2, d_model=16, max_length=32).build(50).eval()
+    before = {name: (p.data_ptr(), p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model.head(model(tokens))
+        with pytest.raises(KeyError), weights_by_columns(model):
+            assert model.blocks[0].mlp.expand.weight.stride() == (1, 64)
+            assert model.embed.weight.is_contiguous()  # the head's, and looked up by rows
+            torch.testing.assert_close(model.head(model(tokens)), expected, rtol=1e-5, atol=1e-6)
+            raise KeyError
+    generate(model, [[1, 2], [3]], Sampling(temperature=0, max_new_tokens=4), None, 50)
+    for name, p in model.named_parameters():
+        place, stride, value = before[name]
+        assert (p.data_ptr(), p.stride()) == (place, stride)
+        assert torch.equal(p, value)
+    assert model.head.by_columns is None
+    model.head(model(tokens)).sum().backward()
