@@ -4,9 +4,9 @@
 
 `--multi30k` holds train.en, train.de, val.en and val.de. Both sides train for the same time, with the same tokenizer
 (lmexp's), sentences a batch and label smoothing. lmexp's is the recipe as it is; Transformers' has Marian's dropout,
-the best of three rates (pilots of a twentieth of the steps), and bf16 if that is faster here. Then all validation sentences
-are decoded with beam 4 and the recipe's length penalty, and scored by sacrebleu. With `--together` both train at the
-same time, each on one core, for twice as long.
+the best of three rates (pilots of a twentieth of the steps), and bf16 if that is faster here. Then all validation
+sentences are decoded with beam 4 and the recipe's length penalty, and scored by sacrebleu. With `--together` both train
+at the same time, each on one core, for twice as long.
 """
 
 from __future__ import annotations
