@@ -31,7 +31,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        common = ["trainer=cpu", "callback.samples.prompts=[]"]
+        common = ["trainer=cpu", "trainer.matmul_precision=medium", "callback.samples.prompts=[]"]
         pretrained = options.run.resolve() if options.run else folder / "pretrained"
         if options.run is None:
             done, told = ours(

@@ -59,7 +59,12 @@ _SMALL = 2**25
 def weights_by_columns(model: Any) -> Iterator[None]:
     """On a CPU, matrices are stored by columns inside, the way in which few rows are multiplied with them the fastest:
     in half the time. Larger models, whose matrices no cache holds, stay as they are."""
-    linears = [part for part in model.modules() if isinstance(part, nn.Linear) and _is_plain(part.weight)]
+    looked_up = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+    linears = [
+        part
+        for part in model.modules()
+        if isinstance(part, nn.Linear) and _is_plain(part.weight) and part.weight not in looked_up
+    ]
     head = model.head if hasattr(model.head, "by_columns") and _is_plain(model.head.weight) else None
     size = sum(part.weight.numel() for part in linears) + (0 if head is None else head.weight.numel())
     if size > _SMALL or isinstance(model, FSDPModule):
