@@ -85,16 +85,19 @@ def _search(
         tokens: list[int] = []
         for number, (row, values, at) in enumerate(zip(active, best.tolist(), places.tolist(), strict=True)):
             running: list[tuple[float, int, int]] = []
+            ended: list[tuple[float, list[int]]] = []
             for rank, (value, place) in enumerate(zip(values, at, strict=True)):
                 source, token = divmod(place, vocab_size)
                 if token == eos_id or last:
                     if rank < beam.beams:
                         score = value / (written + 1) ** beam.length_penalty
-                        finished[row].append((score, [*texts[number][source], token]))
+                        ended.append((score, [*texts[number][source], token]))
                 elif len(running) < beam.beams:
                     running.append((value, source, token))
-            finished[row].sort(key=lambda found: -found[0])
-            del finished[row][beam.beams :]
+                elif rank >= beam.beams:
+                    break
+            if ended:
+                finished[row] = sorted((*finished[row], *ended), key=lambda found: -found[0])[: beam.beams]
             if last or _is_done(beam, finished[row], running[0][0], written + 1, steps.most):
                 continue
             if len(running) == len(texts[number]):
