@@ -63,7 +63,11 @@ def test_all_misfits_are_told_at_once() -> None:
         (["trainer.micro_batch_size=3"], 1, ["batch_size=8", "batch_size=6 or 9", "micro_batch_size=2 or 4"]),
         (["trainer.precision=16"], 1, ["trainer.precision=16", "bf16-mixed"]),
         (["trainer=tp_fsdp_sim", "trainer.devices=3"], 3, ["trainer.tensor_parallel=2", "3 devices"]),
-        (["trainer.tensor_parallel=2"], 2, ["trainer.tensor_parallel=2 with trainer.strategy=single", "tp_fsdp"]),
+        (
+            ["trainer=ddp_sim", "trainer.tensor_parallel=2"],
+            2,
+            ["trainer.tensor_parallel=2 with trainer.strategy=ddp", "tp_fsdp"],
+        ),
         (["trainer.tensor_parallel=0"], 1, ["trainer.tensor_parallel=0", "at least 1"]),
         (["trainer=tp_fsdp_sim", "trainer.compile=true"], 2, ["trainer.tensor_parallel=2 with trainer.compile=true"]),
         (["callback.checkpoint.sharded=true"], 1, ["callback.checkpoint.sharded=true", "trainer=fsdp"]),
