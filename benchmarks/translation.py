@@ -26,7 +26,8 @@ from measure import ROOT, head, ours, table
 
 sys.path.insert(0, str(ROOT))
 
-BATCH, SMOOTHING, LONGEST, LENGTH_PENALTY = 64, 0.1, 64, 1.5
+BATCH, SMOOTHING, LONGEST = 64, 0.1, 64
+LENGTH_PENALTY = 1.5  # the recipe's
 DROPOUT = 0.1  # of Marian
 RATES = (5e-4, 1e-3, 2e-3)
 PILOT_STEPS = 40
@@ -40,7 +41,6 @@ def overrides(folder: Path, cache: Path) -> list[str]:
         *(f"data.corpus.{split}={source}" for split, source in files.items()),
         *("trainer=cpu", "trainer.matmul_precision=medium", f"paths.cache_dir={cache}", f"batch_size={BATCH}"),
         *(f"task.label_smoothing={SMOOTHING}", "callback.answers.examples=null"),
-        f"decoding.length_penalty={LENGTH_PENALTY}",
     ]
 
 
