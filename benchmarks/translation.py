@@ -121,7 +121,7 @@ def side(folder: Path, tokenizer_file: Path, seconds: float) -> dict[str, Any]:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return model.eval(), spent, sum(losses[-2:]) / len(losses[-2:])
 
-    trained(RATES[0], 2, False)  # the first steps are slow
+    trained(RATES[0], PILOT_STEPS, False)  # the first steps are slow
     paces = {bf16: trained(RATES[0], PILOT_STEPS, bf16)[1] / PILOT_STEPS for bf16 in (False, True)}
     bf16 = paces[True] < paces[False]
     short = max(60, int(seconds / paces[bf16]) // 20)
