@@ -117,10 +117,11 @@ def test_weights_in_pieces_resume_and_export(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     options = ("model=llama", "optimizer=muon", "optimizer.lr=0.02")
-    done = run(*arguments(tmp_path, "pieces", *options, "trainer=fsdp_sim"))
+    in_pieces = ("trainer=fsdp_sim", "callback.checkpoint.sharded=true")
+    done = run(*arguments(tmp_path, "pieces", *options, *in_pieces))
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "pieces", tmp_path / "whole", symlinks=True)
-    done = run(*arguments(tmp_path, "pieces", *options, "max_steps=30", "resume=auto", "trainer=fsdp_sim"))
+    done = run(*arguments(tmp_path, "pieces", *options, "max_steps=30", "resume=auto", *in_pieces))
     assert done.returncode == 0, done.stderr
     train(plan(*arguments(tmp_path, "whole", *options, "max_steps=30", "resume=auto")))
     assert_curves(tmp_path / "whole", tmp_path / "pieces", 1e-4)
