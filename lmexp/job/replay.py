@@ -94,8 +94,8 @@ def _configured(plan: Plan, saved: DictConfig, directory: RunDirectory) -> DictC
     cfg = OmegaConf.create(plain)
     cfg.trainer = plan.config.trainer.copy()
     asked = {override.lstrip("+~").partition("=")[0] for override in plan.overrides}
-    for key, before in (("precision", "auto"), ("matmul_precision", "highest")):  # exact, unless asked otherwise
-        if f"trainer.{key}" not in asked:
+    for key, before in (("precision", "auto"), ("matmul_precision", "highest")):  # as it ran, unless asked otherwise
+        if not asked & {"trainer", f"trainer.{key}"}:
             cfg.trainer[key] = saved.trainer.get(key, before)
     cfg.callback.checkpoint.sharded = False  # read it is in any case
     cfg.paths = OmegaConf.merge(cfg.paths, {"run_dir": str(directory.path)})

@@ -436,6 +436,8 @@ def _step_on_cpu(q: Tensor, k: Tensor, dropout: float) -> bool:
         and q.shape[2] <= 8
         and q.shape[0] * q.shape[1] >= 64
         and q.shape[1] == k.shape[1]
+        and q.dtype.itemsize >= 4  # scores of half precision would be rounded, which torch's kernel does not
+        and not torch.is_autocast_enabled("cpu")
         and dropout == 0
         and not torch.compiler.is_compiling()
     )

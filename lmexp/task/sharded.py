@@ -64,26 +64,33 @@ class Sharded(ModelParallelStrategy):
         if not self.in_pieces:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        path = Path(self.broadcast(filepath))
-        own: dict[str, Tensor] = {}
-        checkpoint = taken_out(checkpoint, own)
-        of = self.broadcast(uuid.uuid4().hex)
+        path, of = Path(self.broadcast(filepath)), self.broadcast(uuid.uuid4().hex)
         mine = piece_file(path, self.global_rank, self.world_size)
         error: Exception | None = None
         try:
+            own: dict[str, Tensor] = {}
+            checkpoint = taken_out(checkpoint, own)
             files.save({"of": of, "tensors": own}, mine)
         except Exception as raised:
             error = raised
+        self._all_or_none(error, path, mine)  # the checkpoint stands only where all of its pieces do
+        checkpoint["pieces"] = {"processes": self.world_size, "groups": self.groups, "id": of}
+        try:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        except Exception as raised:
+            error = raised
+        self._all_or_none(error, path, mine)
+
+    def _all_or_none(self, error: Exception | None, path: Path, mine: Path) -> None:
+        """Raise on every process if any could not do its part, and keep no piece of what is no checkpoint."""
         failed = torch.tensor(int(error is not None), device=self.root_device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)  # the checkpoint stands only where all of its pieces do
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if failed and not path.exists():
             mine.unlink(missing_ok=True)
         if error is not None:
             raise error
         if failed:
             raise StorageError("Another process could not write its part of a checkpoint; it says why.")
-        checkpoint["pieces"] = {"processes": self.world_size, "groups": self.groups, "id": of}
-        super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         read: Any = self.checkpoint_io
