@@ -18,17 +18,13 @@ if TYPE_CHECKING:
 def data_share(trainer: Any) -> tuple[int, int]:
     """Which share of the batch this device gets, and of how many: devices that share out the model itself
     (`tensor_parallel`) get the same."""
-    groups = _devices_of_a_copy(trainer)
+    groups = getattr(trainer.strategy, "groups", 1)
     return trainer.global_rank // groups, trainer.world_size // groups
-
-
-def _devices_of_a_copy(trainer: Any) -> int:
-    return getattr(getattr(trainer, "strategy", None), "groups", 1)
 
 
 def data_group(trainer: Any) -> Any:
     """The devices that share out a batch, one of each model; None: all. Not before they are connected."""
-    if _devices_of_a_copy(trainer) == 1:
+    if getattr(trainer.strategy, "groups", 1) == 1:
         return None
     return trainer.strategy.device_mesh["data_parallel"].get_group()
 

@@ -95,7 +95,7 @@ def _limit_threads(plan: Plan) -> None:
 def set_matmul_precision(wanted: str) -> None:
     """Say how exactly float32 matrices are multiplied in this process, sums being of float32 in any case.
 
-    On a CPU with units for bf16 (AMX) `medium` takes a third of the time; on one without, nothing changes.
+    On a CPU with units for bf16 (AMX) `medium` takes a third of the time; one without stays at float32.
     """
     if wanted not in ("highest", "high", "medium"):
         raise UserError(f"trainer.matmul_precision={wanted}; expected highest, high or medium.")

@@ -92,7 +92,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> TensorParallel | None:
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Keep a piece of the weights on each device of the mesh `data_parallel`, after sharing blocks out over the mesh
     `tensor_parallel`, if that has several; a block's pieces are brought together while it works (FSDP2, Zhao et al.
     2023). The rest, embeddings, head and norms, are one more group, whole from the forward to the backward pass, as the
@@ -106,7 +106,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> TensorParallel | None:
     if parallel is not None:
         parallel.mark()
         model.tensor_parallel = parallel  # type: ignore[assignment]
-    return parallel
 
 
 def recompute_activations(model: nn.Module) -> None:

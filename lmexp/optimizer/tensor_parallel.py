@@ -71,7 +71,7 @@ class TensorParallel:
         model that cannot be."""
         self.group, self.n = group, dist.get_world_size(group)
         self.linears: list[tuple[nn.Linear, dict[str, Share]]] = []
-        self.with_heads: list[nn.Module] = []
+        self.heads: list[tuple[nn.Module, str, int]] = []
         self.of_heads: list[tuple[nn.Module, int]] = []
         self.of_a_head: list[nn.Module] = []
         check_shares(model, blocks, self.n)
@@ -84,8 +84,7 @@ class TensorParallel:
                     self._share_out(part, first=False)
                 elif name in OF_A_HEAD:
                     self.of_a_head.append(part)
-                if hasattr(part, "n_heads"):
-                    self.with_heads.append(part)
+                self.heads += [(part, key, count) for key, count in _heads_of(part).items()]
         for part in model.modules():
             if (dim := getattr(part, "heads_dim", None)) is not None:
                 self.of_heads.append((part, dim))
@@ -116,10 +115,8 @@ class TensorParallel:
             linear.forward = partial(_first if first else _second, linear, self.group)  # type: ignore[method-assign]
         for part, dim in self.of_heads:
             part.forward = partial(_own_heads, type(part).forward, part, dim, self.group)
-        for part in self.with_heads:
-            for key in ("n_heads", "n_kv_heads"):
-                if hasattr(part, key):
-                    setattr(part, key, getattr(part, key) // self.n)
+        for part, key, count in self.heads:
+            setattr(part, key, count // self.n)
 
     @contextmanager
     def united(self) -> Iterator[None]:
@@ -132,10 +129,8 @@ class TensorParallel:
             linear.forward = partial(F.linear, **whole)  # type: ignore[method-assign]
         for part, _ in self.of_heads:
             del part.forward
-        for part in self.with_heads:
-            for key in ("n_heads", "n_kv_heads"):
-                if hasattr(part, key):
-                    setattr(part, key, getattr(part, key) * self.n)
+        for part, key, count in self.heads:
+            setattr(part, key, count)
         try:
             yield
         finally:
@@ -150,6 +145,11 @@ class TensorParallel:
                     dist.all_reduce(grad.to_local() if hasattr(grad, "to_local") else grad, group=self.group)
 
 
+def _heads_of(part: nn.Module) -> dict[str, int]:
+    counts: Any = part
+    return {key: getattr(counts, key) for key in ("n_heads", "n_kv_heads") if hasattr(part, key)}
+
+
 def check_shares(model: nn.Module, blocks: list[nn.Module], n: int) -> None:
     """Raise `UserError` unless heads and feed-forwards of the model can be shared out among n devices."""
     found = False
@@ -161,7 +161,7 @@ def check_shares(model: nn.Module, blocks: list[nn.Module], n: int) -> None:
                     "trainer.tensor_parallel does not go together with task.lora, whose adapters would have to be "
                     "shared out too; set trainer.tensor_parallel=1."
                 )
-            sizes = {key: getattr(part, key) for key in ("n_heads", "n_kv_heads") if hasattr(part, key)}
+            sizes = _heads_of(part)
             if name == "contract":
                 found = True
                 sizes["d_ff"] = part.in_features

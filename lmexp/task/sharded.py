@@ -35,7 +35,6 @@ class Sharded(ModelParallelStrategy):
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
         )
-
         self.in_pieces = in_pieces
         self.groups = tensor_parallel
         """Devices of one copy of the model, which read the same."""

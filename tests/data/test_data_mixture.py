@@ -103,7 +103,7 @@ def make(folder, corpus, objective, tokenizer=None, rank=0, world_size=1, **opti
     }
     data = TextData(corpus, str(folder), **settings)
     data.configure(tokenizer or Byte(), objective, 8, 1, family="encoder")
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=None)
     data.prepare()
     return data
 

@@ -79,7 +79,7 @@ def make(folder, corpus=None, rank=0, world_size=1, batch_size=8, seed=1, **opti
     }
     data = TextData(corpus or Lists(), str(folder), **settings)
     data.configure(Byte(), Causal(), batch_size, seed)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=None)
     data.prepare()
     return data
 

@@ -45,7 +45,9 @@ def task(micro: int | None, clip: float | None) -> Pretrain:
     optimizer = made.configure_optimizers()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    made._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, model=made)  # type: ignore[assignment]
+    made._trainer = SimpleNamespace(  # type: ignore[assignment]
+        world_size=1, global_rank=0, global_step=0, model=made, strategy=None
+    )
     made.optimizers = lambda: optimizer  # type: ignore[assignment, method-assign]
     made.manual_backward = lambda loss: loss.backward()  # type: ignore[assignment, method-assign]
     made.on_train_start()
