@@ -7,6 +7,7 @@ import os
 import shutil
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -39,33 +40,36 @@ class Rollback(Exception):
 
 
 class Guard(RunCallback):
-    """Looks at each step's gradient norm, which is the same on all devices, before the weights are changed.
+    """Looks at each step's gradient norm, which is the same on all devices, and at its loss, before the weights are
+    changed.
 
-    Looking means waiting for the device. With the policy `raise` and no `spike` it is not done on GPUs: there the norms
-    are read with everything else every `log_every` steps, and the run ends then.
+    Looking means waiting for the device. With the policy `raise` and no `spike` or `loss_spike` it is not done on GPUs:
+    there the norms are read with everything else every `log_every` steps, and the run ends then.
     """
 
-    def __init__(self, policy: str, spike: float | None, most: int) -> None:
+    def __init__(self, policy: str, spike: float | None, loss_spike: float | None, most: int) -> None:
         if policy not in ("raise", "skip", "rollback"):
             raise UserError(f"callback.guard.policy={policy}; expected raise, skip or rollback.")
         if spike is not None and not spike > 1:
             raise UserError(f"callback.guard.spike={spike}; expected a factor above 1, or null.")
+        if loss_spike is not None and not loss_spike > 0:
+            raise UserError(f"callback.guard.loss_spike={loss_spike}; expected nats above 0, or null.")
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise UserError(f"callback.guard.most={most}; expected a whole number of at least 1.")
-        self.policy, self.spike, self.most = policy, spike, most
+        self.policy, self.spike, self.loss_spike, self.most = policy, spike, loss_spike, most
         self.skipped = self.in_a_row = 0
         self.rolled_back = 0
         """Times this run went back; whoever starts it again sets it."""
         self.watched: Any = None
         """Called with (batch, task, step, trainer) before each step is judged; of `job=replay`."""
-        self._log_average = 0.0
+        self._log_average = self._loss_average = 0.0
         self._seen = 0
         self._recent: list[float] = []
         self._recorded = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer, self._task = trainer, pl_module
-        waits = self.policy != "raise" or self.spike is not None
+        waits = self.policy != "raise" or self.spike is not None or self.loss_spike is not None
         if waits or self.watched is not None or trainer.strategy.root_device.type == "cpu":
             pl_module.accepts = self._accepts  # type: ignore[assignment]
 
@@ -73,14 +77,16 @@ class Guard(RunCallback):
         pl_module.accepts = None  # type: ignore[assignment]
 
     def _accepts(self, batch: Batch, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the update is to be made. `loss` () is this device's mean over the batch's labels."""
+        """Whether the update is to be made. `loss` () is what this device adds to the mean over the batch's labels."""
         step = self._trainer.global_step
         if self.watched is not None:
             self.watched(batch, self._task, step, self._trainer)
-        value = norm.item()
-        why = self._wrong_with(value)
+        value, mean = norm.item(), self._mean_of(loss)
+        why = self._wrong_with(value, mean)
         if why is None:
-            self._log_average += (math.log(max(value, 1e-30)) - self._log_average) * max(_RATE, 1 / (self._seen + 1))
+            rate = max(_RATE, 1 / (self._seen + 1))
+            self._log_average += (math.log(max(value, 1e-30)) - self._log_average) * rate
+            self._loss_average += ((mean or 0.0) - self._loss_average) * rate
             self._seen += 1
             self.in_a_row = 0
             self._recent = [*self._recent[-4:], value]
@@ -119,12 +125,25 @@ class Guard(RunCallback):
             f"with: python run.py job=replay ckpt={folder.path}"
         )
 
-    def _wrong_with(self, norm: float) -> str | None:
+    def _mean_of(self, loss: Tensor) -> float | None:
+        """The batch's mean loss, the same on all devices; None: nobody asks for it."""
+        if self.loss_spike is None:
+            return None
+        total, world = loss.detach().clone(), self._trainer.world_size
+        if world > 1:  # over all, not the shares alone: those who hold one share must decide alike, to the last bit
+            dist.all_reduce(total)
+        return total.item() * data_share(self._trainer)[1] / world
+
+    def _wrong_with(self, norm: float, loss: float | None) -> str | None:
         if not math.isfinite(norm):
             return f"the gradient's norm is {norm}"
         usual = math.exp(self._log_average)
         if self.spike is not None and self._seen >= _SETTLED and norm > self.spike * usual:
             return f"the gradient's norm, {norm:.4g}, is {norm / usual:.3g} times the usual {usual:.4g}"
+        if self.loss_spike is not None and loss is not None and self._seen >= _SETTLED:
+            above = loss - self._loss_average
+            if above > self.loss_spike:
+                return f"the loss, {loss:.4g}, is {above:.3g} above the usual {self._loss_average:.4g}"
         return None
 
     # ---- the record
@@ -184,11 +203,18 @@ class Guard(RunCallback):
     # ---- what a checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "average": self._log_average, "seen": self._seen}
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "average": self._log_average,
+            "loss_average": self._loss_average,
+            "seen": self._seen,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
         self._log_average, self._seen = state_dict["average"], state_dict["seen"]
+        self._loss_average = state_dict.get("loss_average", 0.0)  # of a checkpoint from before there was one
 
 
 def texts_of(batch: Batch, tokenizer: Any) -> list[str]:

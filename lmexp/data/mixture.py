@@ -13,7 +13,7 @@ from lmexp.data.order import keys, permute
 from lmexp.data.packing import TokenFile
 
 _ORDER_STREAM = 2  # `BlockOrder` draws from the seed's streams 0 and 1
-_PIECE = 1024  # pairs ordered at once
+_PIECE = 1024  # samples or pairs ordered at once
 _LEAST = 3  # samples that the rarest source has in a period
 
 
@@ -69,8 +69,11 @@ class MixtureOrder:
     def counts(self, n_samples: int) -> np.ndarray:
         """(sources,) int64: how many of the first `n_samples` come from each."""
         period, place = divmod(n_samples, self.period)
-        drawn, _ = self.draws(period * self.period, place)
-        return self._dealt(period) + np.bincount(drawn, minlength=len(self.shares))
+        counts, first = self._dealt(period), period * self.period
+        for begin in range(0, place, 64 * _PIECE):
+            drawn, _ = self.draws(first + begin, min(64 * _PIECE, place - begin))
+            counts += np.bincount(drawn, minlength=len(self.shares))
+        return counts
 
     def _dealt(self, periods: int) -> np.ndarray:
         """(sources,) int64: samples of each in so many first periods."""
@@ -102,8 +105,8 @@ class Mixed:
     def _draw(self, index: int) -> tuple[int, int]:
         first, sources, within = self._ahead
         if not first <= index < first + len(sources):
-            first = index // self.order.period * self.order.period
-            sources, within = self.order.draws(first, self.order.period)
+            first = index // _PIECE * _PIECE
+            sources, within = self.order.draws(first, _PIECE)
             self._ahead = (first, sources, within)
         return int(sources[index - first]), int(within[index - first])
 

@@ -75,7 +75,7 @@ def _search(
         if constraints.any:
             whole = [[*before[row], *text] for row, own in zip(active, texts, strict=True) for text in own]
             log_p = constraints(log_p, whole, written, eos_id)
-        total = (log_p.view(len(active), -1, vocab_size) + scores.to(device)[..., None]).flatten(1)
+        total = log_p.view(len(active), -1, vocab_size).add_(scores.to(device)[..., None]).flatten(1)
         best, places = _top(total, min(2 * beam.beams, total.shape[1]))
         last = written == steps.most - 1
         going_on: list[int] = []
@@ -100,8 +100,6 @@ def _search(
                 finished[row] = sorted((*finished[row], *ended), key=lambda found: -found[0])[: beam.beams]
             if last or _is_done(beam, finished[row], running[0][0], written + 1, steps.most):
                 continue
-            if len(running) == len(texts[number]):
-                running = _staying(running)
             going_on.append(row)
             next_texts.append([[*texts[number][source], token] for _, source, token in running])
             next_scores.append([value for value, _, _ in running])
@@ -110,7 +108,7 @@ def _search(
         if not going_on:
             break
         active, texts, scores = going_on, next_texts, torch.tensor(next_scores, dtype=torch.float32)
-        steps.select(torch.tensor(sources, device=device))
+        steps.select(sources)
         steps.append(torch.tensor(tokens, device=device))
     return finished
 
@@ -134,15 +132,6 @@ def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         at = torch.cat((at, torch.arange(n * _CHUNK, x.shape[1], device=x.device).expand_as(rest)), 1)
     values, order = candidates.topk(k)
     return values, at.gather(1, order)
-
-
-def _staying(running: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-    """(log p, source, token) of the texts that go on, each source at its own place once: what stays is not copied."""
-    places: dict[int, tuple[float, int, int]] = {}
-    for text in running:
-        places.setdefault(text[1], text)
-    others = iter([text for text in running if places[text[1]] is not text])
-    return [places[place] if place in places else next(others) for place in range(len(running))]
 
 
 def _is_done(beam: Beam, finished: list[tuple[float, list[int]]], best_running: float, length: int, most: int) -> bool:

@@ -28,8 +28,8 @@ class Steps(Protocol):
         """Write the next token of each row, (rows,)."""
         ...
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows, (n,) int64, in this order; one may come several times."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; one may come several times."""
         ...
 
 
@@ -121,15 +121,18 @@ class _Continuations:
         pads = self.pads if self.cache is not None else (self.pads - start).clamp_min(0)
         offset = start if self.cache is not None else 0
         positions = self.columns[offset : offset + tokens.shape[1]] - pads[:, None]
-        documents = -(positions < 0).long()
-        return self.model(tokens, documents=documents, positions=positions.clamp_min_(0), cache=self.cache)
+        documents = torch.zeros_like(tokens)
+        if offset < self.padding:
+            documents, positions = documents - (positions < 0).long(), positions.clamp_min_(0)
+        return self.model(tokens, documents=documents, positions=positions, cache=self.cache)
 
     def append(self, tokens: Tensor) -> None:
         self.tokens[:, self.width] = tokens
         self.width += 1
 
-    def select(self, rows: Tensor) -> None:
-        self.tokens, self.pads = self.tokens[rows], self.pads[rows]
+    def select(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self.tokens.device)
+        self.tokens, self.pads = self.tokens[index], self.pads[index]
         if self.cache is not None:
             self.cache.select(rows)
 
@@ -155,10 +158,6 @@ class _Answers:
         self.memory = model.encode(tokens, **more)
         self.cache: Any = model.new_cache(len(prompts), self.most, device, _dtype(weight))
         self.last = torch.full((len(prompts),), model.decoder_start_id, dtype=torch.int64, device=device)
-        self.reads = torch.arange(len(prompts), device=device)
-        """The prompt of each row."""
-        self.kept = self.reads
-        """The prompt of each text that is kept: one for as many rows each, if all have as many, else one for each."""
 
     def logits(self) -> Tensor:
         hidden = self.model.decode(self.last[:, None], self.memory, self.documents, cache=self.cache)
@@ -167,20 +166,14 @@ class _Answers:
     def append(self, tokens: Tensor) -> None:
         self.last = tokens
 
-    def select(self, rows: Tensor) -> None:
-        self.last = self.last[rows]
-        self.cache.select(rows)
-        before, self.reads = self.reads, self.reads[rows]
-        if torch.equal(before, self.reads):  # each row goes on with a row of its own text: what was read of it stays
+    def select(self, rows: Sequence[int]) -> None:
+        self.last = self.last[list(rows)]
+        texts = self.cache.select(rows)
+        if texts is None:
             return
-        texts, counts = self.reads.unique_consecutive(return_counts=True)
-        if not self.cache.shares_texts or (counts != counts[0]).any():
-            texts = self.reads
-        at = (texts[:, None] == self.kept).long().argmax(1)
-        self.cache.select_texts(at)
-        self.kept, self.memory = texts, self.memory[at]
+        self.memory = self.memory[texts]
         if self.documents is not None:
-            self.documents = self.documents[at]
+            self.documents = self.documents[texts]
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

@@ -176,6 +176,7 @@ class Ranks:
         command = [sys.executable, "-m", "lmexp.job.launch", str(plan_file), str(self._result_file)]
         self._ends = os.pipe()
         self._shown = None if output is None else output.open("ab")
+        self._signals: list[int] = []
         self._failed_at: float | None = None
         self._first_codes: list[int | None] = []
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -220,7 +221,12 @@ class Ranks:
         """Wait for all; signals are handed on."""
         in_main = threading.current_thread() is threading.main_thread()
         numbers = SIGNALS if in_main else ()
-        old = {number: signal.signal(number, lambda n, frame: self.send(n)) for number in numbers}
+
+        def handle(number: int, frame: Any) -> None:
+            self._signals.append(number)
+            self.send(number)
+
+        old = {number: signal.signal(number, handle) for number in numbers}
         try:
             while self.running():
                 time.sleep(0.05)
@@ -228,6 +234,12 @@ class Ranks:
             for number, handler in old.items():
                 signal.signal(number, handler)
         return self.outcome()
+
+    def tell_of_signal(self) -> None:
+        """Tell whoever listens in this process of the first signal that `wait` handed on, if there was one."""
+        listener = signal.getsignal(self._signals[0]) if self._signals else None
+        if callable(listener) and listener is not signal.default_int_handler:
+            listener(self._signals[0], None)
 
     def outcome(self) -> Outcome:
         """How they ended; says what none of them could."""

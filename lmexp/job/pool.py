@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,27 @@ class Board:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    @contextmanager
+    def watching(self, look: Callable[[], None]) -> Iterator[None]:
+        """Draw the table while others run the jobs; `look` finds out how these are."""
+        over = threading.Event()
+
+        def draw() -> None:
+            while not over.wait(1):
+                look()
+                self.update({})
+
+        with self:
+            thread = threading.Thread(target=draw, daemon=True, name="board")
+            if self._live is not None:
+                thread.start()
+            try:
+                yield
+            finally:
+                over.set()
+                if thread.is_alive():
+                    thread.join()
 
     def say(self, entry: Entry, what: str | None = None) -> None:
         """A job has changed."""

@@ -7,6 +7,7 @@ interrupted tries what it would have tried.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import warnings
@@ -126,6 +127,8 @@ def connect(settings: SweepSettings, sweep_dir: Path, create: bool = False) -> o
             f"sweep.method={settings.method} and sweep.pruner={settings.pruner} need Optuna. Install the extra: "
             "pip install 'lmexp[sweep]'"
         ) from error
+    if settings.method == "cmaes" and importlib.util.find_spec("cmaes") is None:  # Optuna itself would find out late
+        raise UserError("sweep=cmaes needs the package cmaes. Install the extra: pip install 'lmexp[sweep]'")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -162,6 +165,11 @@ def check_space(settings: SweepSettings, space: Space) -> None:
     if settings.method == "grid" and intervals:
         raise UserError(
             f"{', '.join(intervals)}: a grid needs values, not an interval; list them, or search with sweep=tpe."
+        )
+    if settings.method == "cmaes" and len(settings.monitors) > 1:
+        raise UserError(
+            f"sweep=cmaes looks for the best of one number, and sweep.monitor={list(settings.monitors)} names "
+            f"{len(settings.monitors)}; use sweep=tpe, or name one."
         )
     if settings.method == "cmaes" and len(intervals) < len(space):
         listed = ", ".join(key for key in space if key not in intervals)
@@ -260,10 +268,7 @@ class Search:
         if self.settings.method == "tpe":
             startup = max(1, min(10, self.settings.trials // 3))
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=self.several)
-        try:
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        except ImportError as error:
-            raise UserError("sweep=cmaes needs the package cmaes: pip install 'lmexp[sweep]'") from error
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
     def _distributions(self) -> dict[str, Any]:
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

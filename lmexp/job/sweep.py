@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +56,8 @@ def run_job(plan: Plan) -> float:
             outcome = ranks.wait()
         record(entry, outcome, time.monotonic() - start)
         ledger.write(entry)
+    if entry.status == "stopped":
+        ranks.tell_of_signal()  # Submitit asks SLURM to start the job again
     return float("nan") if outcome.metric is None else outcome.metric
 
 
@@ -288,15 +291,23 @@ class LmexpSweeper(Sweeper):
             print(f"{len(slots)} at a time.", flush=True)
             Pool(slots, ledger, settings.on_fail, board).run(source, ended)
             return
-        started = 0
+        started, times = 0, Counter[str]()  # jobs that were launched, and how often each
+        again: list[Job] = []
         while True:  # another launcher takes jobs by the batch and returns when all of them have ended
             count = most if settings.slots == "auto" else int(settings.slots)
-            batch = [job for job in (source() for _ in range(count)) if job is not None]
+            batch, again = again[:count], again[count:]
+            batch += [job for job in (source() for _ in range(count - len(batch))) if job is not None]
             if not batch:
                 return
             said = "its launcher started it and it never wrote into the ledger"
+
+            def look(batch: list[Job] = batch) -> None:
+                for job in batch:
+                    job.entry.__dict__.update(vars(ledger.read_file(job.entry.key) or job.entry))
+
             try:
-                self.launcher.launch([jobs.handed_over(job) for job in batch], started)
+                with board.watching(look):
+                    self.launcher.launch([jobs.handed_over(job) for job in batch], started)
             except Exception as error:  # of one job that was lost, by any library; the ledger knows the others
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
             started += len(batch)
@@ -307,6 +318,12 @@ class LmexpSweeper(Sweeper):
                     ledger.write(entry)
                 job.entry.__dict__.update(entry.__dict__)
                 board.say(entry)
+                times[entry.key] += 1
+                if entry.status in ("failed", "killed") and times[entry.key] <= retries_of(settings.on_fail):
+                    job.entry.status = "waiting"
+                    ledger.write(job.entry)
+                    again.append(job)
+                    continue
                 ended(entry)
                 if entry.status == "stopped":
                     raise Interrupted(

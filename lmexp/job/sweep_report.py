@@ -130,7 +130,11 @@ def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> 
         tables.append(_others(entries))
     for table in tables:
         console.print(table)
-    write_atomically(ledger.sweep_dir / "report.csv", _csv(entries, monitors))
+    write_atomically(ledger.sweep_dir / "report.csv", _csv(entries, monitors, modes))
+    tables_kept = "report.csv"
+    if len({e.seed for e in entries}) > 1:
+        write_atomically(ledger.sweep_dir / "means.csv", _csv_of_means(groups, monitors))
+        tables_kept += ", means.csv"
     done = [e for e in entries if e.status == "done" and all(m in e.metrics for m in monitors)]
     pictures = ""
     if len(done) > 1:
@@ -143,7 +147,7 @@ def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> 
             f"Best run: {escape(best.run_dir)} ({monitors[0]} {best.metrics[monitors[0]]:.5g})", soft_wrap=True
         )
     console.print(
-        f"Kept in {ledger.sweep_dir}: report.csv{pictures}.\nLook at it:    tensorboard --logdir {ledger.sweep_dir}",
+        f"Kept in {ledger.sweep_dir}: {tables_kept}{pictures}.\nLook at it:    tensorboard --logdir {ledger.sweep_dir}",
         soft_wrap=True,
     )
     return groups
@@ -227,13 +231,36 @@ def _others(entries: Sequence[Entry]) -> Table:
     return table
 
 
-def _csv(entries: Sequence[Entry], monitors: Sequence[str]) -> str:
-    """A row a run: what it varies, how it ended, all it measured."""
+def _csv_of_means(groups: Sequence[Group], monitors: Sequence[str]) -> str:
+    """A row a point: mean over seeds and half its 95 % interval, of each number that jobs are compared by."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    keys = _keys(groups)
+    writer.writerow([*keys, "runs", *(column for m in monitors for column in (m, f"{m} +-95%"))])
+    for group in groups:
+        done = [e for e in group.entries if e.status == "done" and all(m in e.metrics for m in monitors)]
+        cells: list[Any] = []
+        for m in monitors:
+            values = [e.metrics[m] for e in done]
+            cells += [statistics.fmean(values) if values else "", half_width(values) if len(values) > 1 else ""]
+        writer.writerow([*(group.point.get(k, "") for k in keys), len(done), *cells])
+    return text.getvalue()
+
+
+def _csv(entries: Sequence[Entry], monitors: Sequence[str], modes: Sequence[str]) -> str:
+    """A row a run: what it varies, how it ended, whether it is on the Pareto front of several numbers, all it
+    measured."""
     keys = list(dict.fromkeys(key for e in entries for key in e.point))
     metrics = sorted({name for e in entries for name in e.metrics} - set(monitors))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["run", *([] if "seed" in keys else ["seed"]), *keys, "trial", "status", "attempts", "wall_seconds"]
+    on_front: dict[str, str] = {}
+    if len(monitors) > 1:
+        columns.append("pareto_front")
+        whole = [e for e in entries if e.status == "done" and all(m in e.metrics for m in monitors)]
+        best = front([[e.metrics[m] for m in monitors] for e in whole], modes)
+        on_front = {e.key: "yes" if on else "no" for e, on in zip(whole, best, strict=True)}
     writer.writerow([*columns, "said", *monitors, *metrics])
     for e in entries:
         own: dict[str, Any] = {
@@ -243,6 +270,7 @@ def _csv(entries: Sequence[Entry], monitors: Sequence[str]) -> str:
             "trial": "" if e.trial is None else e.trial,
         }
         own |= {"status": e.status, "attempts": e.attempts, "wall_seconds": round(e.seconds, 3)}
+        own["pareto_front"] = on_front.get(e.key, "")
         writer.writerow(
             [*(own.get(c, "") for c in columns), e.said, *(e.metrics.get(m, "") for m in (*monitors, *metrics))]
         )

@@ -7,7 +7,7 @@ identity with a loss. That costs memory (B x T x V numbers) which lmexp's own fa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -219,32 +219,28 @@ class AutoModel(nn.Module):
 
     def new_cache(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> Past:
         """An empty cache; Transformers makes room as it goes."""
-        return Past()
+        return Past(device)
 
 
 class Past:
     """What Transformers keeps of the positions seen so far, or, for models that keep nothing, these themselves."""
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.length = device, 0
         self.past: Any = None
         self.mask: Tensor | None = None
         self.tokens: Tensor | None = None
         self.positions: Tensor | None = None
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
+    def select(self, rows: Sequence[int]) -> Tensor:
+        """As a `KVCache`'s; each row has a text of its own."""
+        index = torch.tensor(rows, device=self.device)
         if self.past is not None:
-            self.past.reorder_cache(rows)
+            self.past.reorder_cache(index)
         for name in ("mask", "tokens", "positions"):
             value = getattr(self, name)
-            setattr(self, name, None if value is None else value[rows])
-
-    shares_texts = False
-    """What was read is part of `past`, for each row."""
-
-    def select_texts(self, texts: Tensor) -> None:
-        """As a `CrossCache`'s; `select` has done it."""
+            setattr(self, name, None if value is None else value[index])
+        return index
 
 
 class LogitsHead(nn.Module):

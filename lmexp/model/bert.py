@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
+from lmexp.model.kv_cache import Visible
 from lmexp.model.layers import (
     FusedLinear,
     Head,
     Rotary,
-    Visible,
     attend,
     attend_to_self,
     check_fraction,

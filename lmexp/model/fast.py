@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
+from lmexp.model.kv_cache import KVCache, Visible, visible
 from lmexp.model.layers import (
     FusedLinear,
     Head,
-    KVCache,
     Rotary,
-    Visible,
-    attend,
+    attend_behind,
     check_fraction,
     check_heads,
     check_positive,
@@ -33,7 +32,6 @@ from lmexp.model.layers import (
     round_up,
     training_flops,
     unit_rms,
-    visible,
 )
 
 
@@ -172,7 +170,7 @@ class Fast(nn.Module):
             extra = self.value_embeds[layer - without](tokens) if layer >= without else None
             x = block(x, tables, extra, seen, cache)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         return unit_rms(x)
 
     def flops_per_token(self, length: int) -> float:
@@ -232,6 +230,4 @@ class Attention(nn.Module):
         if extra is not None:
             v = v + extra.view_as(v)
         q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, E)
-        return self.output(attend(q, k, v, seen, scale=self.scale))
+        return self.output(attend_behind(q, k, v, seen, cache, self.layer, self.scale))

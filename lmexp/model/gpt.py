@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import Family
+from lmexp.model.kv_cache import KVCache, Visible, visible
 from lmexp.model.layers import (
     FusedLinear,
     Head,
-    KVCache,
-    Visible,
     attend_to_self,
     check_fraction,
     check_heads,
@@ -28,7 +27,6 @@ from lmexp.model.layers import (
     residual,
     round_up,
     training_flops,
-    visible,
 )
 
 
@@ -124,7 +122,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, seen, cache)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         return self.norm(x)
 
     def flops_per_token(self, length: int) -> float:

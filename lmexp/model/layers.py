@@ -1,4 +1,4 @@
-"""What the model families share: norms, rotary positions, attention, the key-value cache and the head with its loss.
+"""What the model families share: norms, rotary positions, attention and the head with its loss.
 
 Shapes: B sequences, T positions, S positions with the cached ones, H heads, K key-value heads, E numbers a head,
 D model width, V vocabulary, N positions of all sequences.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import IGNORE_INDEX, UserError
+from lmexp.model.kv_cache import Across, CrossCache, KVCache, Visible
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 """Device type -> the most logits (positions x vocabulary) that the loss holds at once. A CPU's chunk (16 MiB of
@@ -180,166 +181,6 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, for generation; made by a model's `new_cache`."""
-
-    def __init__(
-        self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
-    ) -> None:
-        """Room for `length` positions of `batch` sequences."""
-        self._hold(torch.zeros(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype))
-        self.documents: Tensor | None = None
-        self.length = 0
-        self._alike = np.zeros((batch, batch), dtype=np.int64)
-        """How many columns two rows begin with that are the same in both, at least."""
-
-    def _hold(self, held: Tensor) -> None:
-        self._held, self._layers = held, [held[:, layer] for layer in range(held.shape[1])]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the keys and values."""
-        return self._held.dtype
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, E) keys and values of new positions; returns all of the layer's, (B, K, S, E)."""
-        new, seen = self._room(layer, keys.shape[2])
-        new[0].copy_(keys)
-        new[1].copy_(values)
-        return seen
-
-    def append_both(self, layer: int, both: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with keys and values in one tensor, (2, B, K, T, E)."""
-        new, seen = self._room(layer, both.shape[3])
-        new.copy_(both)
-        return seen
-
-    def _room(self, layer: int, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Where n new positions go, and keys and values up to these."""
-        held, end = self._layers[layer], self.length + n
-        assert end <= held.shape[3], "the cache is full"
-        seen = held.narrow(3, 0, end)
-        return held.narrow(3, self.length, n), (seen[0], seen[1])
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, (n,) int64, in this order; one may come several times."""
-        seen, n = self.length, self._held.shape[2]
-        sources = rows.cpu().numpy()
-        if len(sources) == n:  # rows that change need only what is not the same in the one that they become
-            moved = np.flatnonzero(sources != np.arange(n))
-            if not len(moved):
-                return
-            first = int(self._alike[moved, sources[moved]].min())
-            columns = self._held[:, :, :, :, first:seen]
-            to = torch.from_numpy(moved).to(rows.device)
-            columns.index_copy_(2, to, columns.index_select(2, rows[to]))
-        else:
-            old = self._held
-            self._hold(old.new_zeros(*old.shape[:2], len(rows), *old.shape[3:]))
-            self._held[:, :, :, :, :seen] = old[:, :, :, :, :seen].index_select(2, rows)
-        self._alike = self._alike[sources[:, None], sources]
-        self._alike[sources[:, None] == sources] = seen
-        if self.documents is not None:
-            self.documents = self.documents[rows]
-
-
-class Visible(NamedTuple):
-    """What attention may see: a boolean mask (B or 1, 1, T, S), True where it may; None with `causal`: all before."""
-
-    mask: Tensor | None
-    causal: bool
-
-
-def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, prefix: Tensor | None = None) -> Visible:
-    """Each position sees itself and those before it, with `documents` (B, T) only those of its own document.
-
-    With a cache the new positions stand at the right of the cached ones, whose documents it remembers. The first
-    `prefix` (B,) positions of a row see one another both ways (Raffel et al. 2020, section 3.2.1); not with a cache
-    that holds something already.
-    """
-    length = tokens.shape[1]
-    start = 0 if cache is None else cache.length
-    keys = documents
-    if cache is not None and documents is not None:
-        assert start == 0 or cache.documents is not None, "the cached positions were given no documents"
-        keys = documents if cache.documents is None else torch.cat((cache.documents, documents), 1)
-        cache.documents = keys
-    if documents is None and prefix is None and (start == 0 or length == 1):
-        return Visible(None, causal=length > 1)
-    if length == 1 and documents is not None and keys is not None and prefix is None:  # nothing is later
-        return Visible(documents[:, None, :, None] == keys[:, None, None, :], causal=False)
-    ones = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device)
-    mask = ones.tril(start)[None, None]
-    if prefix is not None:
-        assert start == 0, "a prefix is read at once"
-        inside = torch.arange(length, device=tokens.device) < prefix[:, None]  # (B, T)
-        mask = mask | (inside[:, None, :, None] & inside[:, None, None, :])
-    if documents is not None:
-        assert keys is not None
-        mask = mask & (documents[:, None, :, None] == keys[:, None, None, :])
-    return Visible(mask, causal=False)
-
-
-class CrossCache(KVCache):
-    """What the decoder has seen, and the memory's keys and values, which the first step leaves here.
-
-    Rows that read the same text stand together, as many for each text, and share what is kept of it.
-    """
-
-    shares_texts = True
-
-    def __init__(
-        self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
-    ) -> None:
-        """Room for `length` decoder positions of `batch` rows."""
-        super().__init__(n_layers, batch, n_heads, length, d_head, device, dtype)
-        self.cross: list[tuple[Tensor, Tensor]] = []
-        """Of each layer, keys and values (texts, H, S, E)."""
-        self.across: Across | None = None
-        """What is seen of the memory, if it is the same for all tokens."""
-
-    def select_texts(self, texts: Tensor) -> None:
-        """Go on with these texts of the memory, (n,) int64; `select` does so with the rows."""
-        self.across = None
-        self.cross = [(keys[texts], values[texts]) for keys, values in self.cross]
-
-
-class Across(NamedTuple):
-    """What cross-attention may see, and which positions see anything: (B, U, 1), None: all do."""
-
-    seen: Visible
-    some: Tensor | None
-
-
-def see_across(
-    memory: Tensor, documents: Tensor | None, decoder_documents: Tensor | None, cache: CrossCache | None
-) -> Across:
-    """Decoder tokens (B, U) see the tokens of `memory` (B, S, D) of the same document.
-
-    Where documents of one side alone are given, all on the other is document 0; without the decoder's, what is seen is
-    the same for all its tokens, and a cache keeps it.
-    """
-    if documents is None and decoder_documents is None:
-        return Across(Visible(None, causal=False), some=None)
-    kept = cache if decoder_documents is None else None
-    if kept is not None and kept.across is not None:
-        return kept.across
-    if documents is None:
-        documents = memory.new_zeros(memory.shape[:2], dtype=torch.long)
-    if decoder_documents is None:
-        decoder_documents = torch.zeros_like(documents[:, :1])
-    mask = decoder_documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, U or 1, S)
-    some = mask.any(-1, keepdim=True)
-    # a softmax over nothing may be NaN: who has nothing to see is let see all, and what comes of it is made zero
-    seen = mask | ~some
-    if kept is None:
-        return Across(Visible(seen, causal=False), some[:, 0])
-    # what attention would make of it at each step
-    added = torch.zeros(seen.shape, device=seen.device, dtype=kept.dtype).masked_fill_(~seen, -math.inf)
-    kept.across = Across(Visible(added, causal=False), None if some.all() else some[:, 0])
-    return kept.across
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v (Vaswani et al. 2017, eq. 1), scale 1/sqrt(E) if None.
 
@@ -372,8 +213,19 @@ def attend_to_self(
     if cache is None:
         return _attend_fused((qkv,), seen, dropout, scale)
     parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, E)
-    k, v = cache.append_both(layer, parts[1:])  # (B, H, S, E)
-    return attend(parts[0], k, v, seen, dropout, scale)
+    k, v = cache.append_both(layer, parts[1:])  # (G, H, S, E)
+    mixed = attend(cache.by_text(parts[0]), k, v, seen, dropout, scale)
+    return mixed.view(*qkv.shape[:2], mixed.shape[-1])
+
+
+def attend_behind(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visible, cache: KVCache | None, layer: int, scale: float | None = None
+) -> Tensor:
+    """`attend` with k and v behind what a cache holds of the layer; returns (B, T, H * E)."""
+    if cache is None:
+        return attend(q, k, v, seen, scale=scale)
+    mixed = attend(cache.by_text(q), *cache.append(layer, k, v), seen, scale=scale)
+    return mixed.view(q.shape[0], q.shape[2], mixed.shape[-1])
 
 
 def attend_to_memory(
@@ -387,13 +239,13 @@ def attend_to_memory(
     scale: float | None = None,
 ) -> Tensor:
     """`attend` of queries (B, U, H, E) to what `kv`, (B, S, D) to (B, S, 2 * H * E), makes of a memory (B, S, D);
-    returns (B, U, H * E), zeros where nothing is seen. A cache keeps the layer's keys and values."""
+    returns (B, U, H * E), zeros where nothing is seen. A cache keeps the layer's keys and values of (G, S, D)."""
     if cache is None:
         made = kv(memory).unflatten(-1, (2, *q.shape[2:]))  # (B, S, 2, H, E)
         mixed = _attend_fused((q.unsqueeze(2), made), across.seen, dropout, scale)
     else:
         if layer == len(cache.cross):
-            k, v = kv(memory).unflatten(-1, (2, *q.shape[2:])).permute(2, 0, 3, 1, 4)  # (B, H, S, E)
+            k, v = kv(memory).unflatten(-1, (2, *q.shape[2:])).permute(2, 0, 3, 1, 4)  # (G, H, S, E)
             cache.cross.append((k, v))
         k, v = cache.cross[layer]
         # the rows of a text as positions of one

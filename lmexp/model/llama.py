@@ -18,21 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
+from lmexp.model.kv_cache import KVCache, Visible, visible
 from lmexp.model.layers import (
     FusedLinear,
     Head,
-    KVCache,
     RMSNorm,
     Rotary,
-    Visible,
-    attend,
+    attend_behind,
     check_heads,
     check_positive,
     residual,
     rotate,
     round_up,
     training_flops,
-    visible,
 )
 
 
@@ -186,7 +184,7 @@ class Llama(nn.Module):
         for block in self.blocks:
             x = block(x, tables, seen, cache)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         return self.norm(x)
 
     def flops_per_token(self, length: int) -> float:
@@ -258,9 +256,7 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
         q, k = rotate(qk, tables).split((self.n_heads, self.n_kv_heads), 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
-        return self.output(attend(q, k, v, seen))
+        return self.output(attend_behind(q, k, v, seen, cache, self.layer))
 
 
 class MLP(nn.Module):

@@ -11,6 +11,7 @@ Shapes: B rows, S positions of the encoder, U of the decoder, T queries, K keys,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,13 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
+from lmexp.model.kv_cache import Across, CrossCache, Visible, see_across, visible
 from lmexp.model.layers import (
-    Across,
-    CrossCache,
     FusedLinear,
     Head,
     RMSNorm,
-    Visible,
     attend_to_memory,
     attend_to_self,
     check_fraction,
@@ -35,9 +34,7 @@ from lmexp.model.layers import (
     dropped,
     residual,
     round_up,
-    see_across,
     training_flops,
-    visible,
 )
 
 
@@ -240,10 +237,9 @@ class T5Cache(CrossCache):
 
     positions: Tensor | None = None
 
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        if self.positions is not None:
-            self.positions = self.positions[rows]
+    def select(self, rows: Sequence[int]) -> Tensor | None:
+        assert self.positions is None, "rows that are selected have no positions of their own"
+        return super().select(rows)
 
 
 class Stack(nn.Module):
@@ -268,7 +264,11 @@ class Stack(nn.Module):
         length = x.shape[1]
         start = 0 if cache is None else cache.length
         keys = positions
-        if cache is not None and positions is not None:
+        if cache is not None and cache.places is not None:  # selected rows: whatever column they stand in
+            assert seen.mask is not None
+            keys = cache.places[:, : seen.mask.shape[-1]]
+            positions = torch.full_like(keys[:, :1], start)
+        elif cache is not None and positions is not None:
             assert start == 0 or cache.positions is not None, "the cached tokens were given no positions"
             keys = positions if cache.positions is None else torch.cat((cache.positions, positions), 1)
             cache.positions = keys
@@ -280,13 +280,15 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x, seen, memory, across, cache)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         return dropped(self.norm(x), self.dropout, self.training)
 
 
 def _add_bias(seen: Visible, bias: Tensor, dtype: torch.dtype) -> Visible:
     """`seen` as what is added to the scores: `bias` (B or 1, H, T, K), and minus infinity where nothing may be seen."""
     mask = seen.mask
+    if mask is not None and mask.dtype != torch.bool:
+        return Visible((bias + mask).to(dtype), causal=False)
     if seen.causal:
         mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
     if mask is not None:

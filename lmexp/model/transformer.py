@@ -20,12 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.contracts import Family, UserError
+from lmexp.model.kv_cache import Across, CrossCache, Visible, see_across, visible
 from lmexp.model.layers import (
-    Across,
-    CrossCache,
     FusedLinear,
     Head,
-    Visible,
     attend_to_memory,
     attend_to_self,
     check_fraction,
@@ -35,9 +33,7 @@ from lmexp.model.layers import (
     dropped,
     residual,
     round_up,
-    see_across,
     training_flops,
-    visible,
 )
 
 POSITIONS = ("sinusoidal", "sinusoidal_halves", "learned")
@@ -330,7 +326,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, memory, seen, across, cache)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         return self.norm(x)
 
 

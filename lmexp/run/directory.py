@@ -24,6 +24,10 @@ def new_run_id() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + secrets.token_hex(4)
 
 
+class NoAccess(UserError):
+    """A place that may not be written to."""
+
+
 @contextmanager
 def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
     """Turn a disk that is full or gone, or a missing permission, into a `UserError` that says what to do.
@@ -45,7 +49,7 @@ def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
                 "last whole checkpoint is as it was; when the disk is back, run again with resume=auto."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
+            raise NoAccess(
                 f"{doing}: cannot write to {path} ({error.strerror}). Give a directory that you may write to, "
                 "for example paths.run_dir=logs/mine."
             ) from error
@@ -154,6 +158,20 @@ class RunDirectory:
             raise
         finally:
             lock.release()
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """Once a run was begun, not being allowed to write it any more is a loss of its disk, not a mistake: turn
+        `NoAccess` into a `StorageError`."""
+        try:
+            yield
+        except NoAccess as error:
+            if not self.holds_run():
+                raise
+            raise StorageError(
+                f"{error} The last whole checkpoint is as it was; once {self.path} can be written again, go on with "
+                f"resume=auto paths.run_dir={self.path}"
+            ) from error
 
     def _remove_what_was_made(self, made: list[Path]) -> None:
         for child in (self.checkpoints, self.path / ".lock", self.log):

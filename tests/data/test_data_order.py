@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 
+from lmexp.contracts import Sample
+from lmexp.data.mixture import Mixed, MixtureOrder, TextOrder
 from lmexp.data.order import BlockOrder, keys, permute
 
 
@@ -61,3 +66,29 @@ def test_starts_are_a_pure_function_of_seed_and_index():
     n = order.n_blocks
     assert (whole[:n] != whole[n : 2 * n]).any()
     assert BlockOrder(8, 9, 8, seed=0).n_blocks == 0
+
+
+def test_memory_does_not_grow_with_the_position() -> None:
+    """Bar: of a run of ten million steps; what its time is, benchmarks/positions.py measures."""
+    mixed = Mixed([Empty(), Empty()], MixtureOrder((1 - 1e-6, 1e-6), seed=1))
+    texts, blocks = TextOrder(10**8, seed=1), BlockOrder(10**10, 1025, 1024, seed=1)
+    finders: list[Callable[[int], object]] = [
+        lambda position: blocks.starts(position, 64),
+        texts.number,
+        lambda position: mixed.samples([position]),
+    ]
+    for find in finders:
+        peaks = []
+        for positions in (range(5), range(640_000_000 - 5, 640_000_000)):
+            tracemalloc.start()
+            for position in positions:
+                find(position)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert max(peaks) < 400_000
+        assert peaks[1] < 1.5 * peaks[0] + 10_000
+
+
+class Empty:
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        return [Sample(np.empty(0, np.int64), np.empty(0, np.float32), index) for index in indices]

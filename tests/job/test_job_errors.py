@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lmexp.contracts import UserError
+from lmexp.contracts import StorageError, UserError
 from lmexp.job.check import check, seconds_of
 from lmexp.job.errors import exit_code_of_errors
 from lmexp.job.train import train
@@ -354,6 +356,30 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         assert f"after step {kept['lmexp']['step']}" in again.stdout
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_disk_that_fails_while_a_run_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A network mount that is gone, and others, at the second checkpoint."""
+    from lmexp.run import checkpoint as files
+
+    run_dir, dump = tmp_path / "run", torch.save
+
+    def fail(content: Any, file: Any) -> None:
+        if content["lmexp"]["step"] == 4:
+            raise OSError(number, os.strerror(number))
+        dump(content, file)
+
+    monkeypatch.setattr(files.torch, "save", fail)
+    args = [*TINY, corpus(tmp_path), *where(tmp_path, run_dir), "validate_every=2"]
+    with pytest.raises(StorageError, match="resume=auto") as caught:
+        train(plan(*args, "max_steps=8"))
+    assert os.strerror(number) in str(caught.value)
+    assert checkpoint(run_dir)["lmexp"]["step"] == 2
+    assert not list((run_dir / "checkpoints").glob(".*tmp"))
+    monkeypatch.undo()
+    train(plan(*args, "max_steps=8", "resume=auto"))
+    assert checkpoint(run_dir)["lmexp"]["step"] == 8
 
 
 @pytest.mark.slow

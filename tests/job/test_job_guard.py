@@ -122,12 +122,40 @@ def test_a_run_that_does_nothing_but_skip_ends(planted: list[str], tmp_path: Pat
 
 
 def test_a_spike_is_left_out(planted: list[str], tmp_path: Path) -> None:
-    args = [*planted, "callback.guard.policy=skip", "callback.guard.spike=1.5", "optimizer.lr=0.3", "max_steps=60"]
+    args = [*planted, "callback.guard.policy=skip", "callback.guard.spike=1.05", "optimizer.lr=0.3", "max_steps=60"]
     args += ["callback.guard.most=1000", f"paths.run_dir={tmp_path / 'run'}"]
     train(plan(*args))
     records = [json.loads(p.read_text()) for p in (tmp_path / "run" / "flight").glob("step-*.json")]
     spikes = [r for r in records if "times the usual" in r["why"]]
+    assert spikes
     assert all(r["grad_norm"] > 0 and r["step"] >= 20 for r in spikes)
+    skipped = json.loads((tmp_path / "run" / "metrics.json").read_text())["guard/skipped"]
+    assert skipped > len(spikes)  # the planted one besides; records are of the first ten
+    assert scalars(tmp_path / "run")["guard/skipped"][-1][1] == skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["cpu", "ddp_sim"])
+def test_a_spike_of_the_loss_is_left_out(planted: list[str], tmp_path: Path, trainer: str) -> None:
+    """What is all right by its gradient; the mean over all devices, not that of one."""
+    args = [*planted, "callback.guard.policy=skip", "callback.guard.loss_spike=0.02", "optimizer.lr=0.3"]
+    args += ["callback.guard.most=1000", "max_steps=60", f"trainer={trainer}", f"paths.run_dir={tmp_path / 'run'}"]
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    losses = dict(scalars(tmp_path / "run")["train/loss"])
+    average, seen, left_out = 0.0, 0, set()
+    for step in range(60):
+        loss = losses[step + 1]
+        if math.isnan(loss) or (seen >= 20 and loss - average > 0.02):
+            left_out.add(step)
+            continue
+        average += (loss - average) * max(0.05, 1 / (seen + 1))
+        seen += 1
+    assert len(left_out) > 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["guard/skipped"] == len(left_out)
+    told = [json.loads(p.read_text()) for p in (tmp_path / "run" / "flight").glob("step-?????????.json")]
+    assert {r["step"] for r in told} == set(sorted(left_out)[:10])
+    assert any("above the usual" in r["why"] for r in told)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +163,7 @@ def test_a_spike_is_left_out(planted: list[str], tmp_path: Path) -> None:
     [
         ("callback.guard.policy=ignore", "expected raise, skip or rollback"),
         ("callback.guard.spike=1", "expected a factor above 1"),
+        ("callback.guard.loss_spike=0", "expected nats above 0"),
         ("callback.guard.most=0", "expected a whole number of at least 1"),
     ],
 )

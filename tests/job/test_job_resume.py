@@ -92,7 +92,10 @@ def test_killed_at_random_moments(tmp_path: Path, devices: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("devices", "number"),
+    [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGUSR1)],
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, devices: int, number: int) -> None:
     trainer = ["trainer=ddp_sim"] if devices == 2 else []
     args = arguments(tmp_path, *trainer)
@@ -114,3 +117,24 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, devices: int, numb
     assert done.returncode == 0, done.stderr
     assert "Going on from" in done.stdout
     compare(tmp_path / "whole", parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_brings_the_others_down(tmp_path: Path, rank: int) -> None:
+    args = [*arguments(tmp_path, "trainer=ddp_sim", steps=100_000), f"paths.run_dir={tmp_path / 'run'}", "resume=auto"]
+    process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and steps_saved(tmp_path / "run") == 0:
+        time.sleep(0.002)
+    ranks = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(v.removeprefix(b"RANK=")): int(child) for v in variables if v.startswith(b"RANK=")}
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[rank], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)  # the process group itself would wait for half an hour
+    assert process.returncode == 1
+    assert f"a process was ended from outside (rank {rank} by signal 9)" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    done = run(*args, f"max_steps={steps_saved(tmp_path / 'run') + 3}")
+    assert done.returncode == 0, done.stderr

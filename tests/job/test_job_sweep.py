@@ -152,6 +152,7 @@ def test_a_sweep_grows_and_runs_only_what_is_missing(tmp_path: Path) -> None:
     assert "0.03" in report.stdout
     rows = list(csv.DictReader((tmp_path / "sweep" / "report.csv").read_text().splitlines()))
     assert [row["status"] for row in rows] == ["done"] * 3
+    assert not (tmp_path / "sweep" / "means.csv").exists()  # of one seed
     for row in rows:
         metrics = json.loads((tmp_path / "sweep" / row["run"] / "metrics.json").read_text())
         assert float(row["val/loss"]) == metrics["val/loss"]
@@ -188,6 +189,39 @@ def test_a_sweep_over_submitit(tmp_path: Path) -> None:
     """The launcher for SLURM, by its executor for the machine at hand; its jobs write into the same ledger."""
     pytest.importorskip("submitit")
     check_launcher(tmp_path, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
+
+
+@pytest.mark.slow
+def test_submitit_starts_a_job_again_that_was_told_to_stop(tmp_path: Path) -> None:
+    """As SLURM's requeue: the signal some time before the limit, a checkpoint, the same job from there."""
+    pytest.importorskip("submitit")
+    where = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60")
+    args = sweeping(tmp_path, "optimizer.lr=0.01", *where, "max_steps=900")
+    process = subprocess.Popen(
+        command(*args), env=environment(args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "sweep").glob("*/checkpoints/*.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    (task,) = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if b"submitit.core._submit" in path.read_bytes() and str(tmp_path).encode() in path.read_bytes()
+    ]
+    os.kill(task, signal.SIGUSR2)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    (entry,) = Ledger(tmp_path / "sweep").entries()
+    assert (entry.status, entry.attempts, entry.metrics["steps"]) == ("done", 2, 900)
+    assert "Going on from" in Ledger(tmp_path / "sweep").console(entry.key).read_text()
+
+
+@pytest.mark.slow
+def test_other_launchers_try_again(tmp_path: Path) -> None:
+    one = ("optimizer.lr=0.01,0.02", "hydra/launcher=basic", *planted(crash="[0.01,1]", spoil="[9,9]"))
+    done = sweep(*sweeping(tmp_path, *one, "sweep.on_fail=retry:2"))
+    assert done.returncode == 1
+    assert [(e.status, e.attempts) for e in Ledger(tmp_path / "sweep").entries()] == [("failed", 3), ("done", 1)]
 
 
 @pytest.fixture
@@ -263,6 +297,44 @@ def test_a_search_prunes(tmp_path: Path) -> None:
     assert "trial" not in again.stdout.split("Sweep, by")[0]  # nothing was run
 
 
+@pytest.mark.slow
+def test_a_search_by_several_numbers(tmp_path: Path) -> None:
+    """And the front of it in the table: a step more costs more and, so early, is always worth it."""
+    by = ("sweep.monitor=[val/loss,steps]", "sweep.mode=[min,min]", "sweep.trials=4", "sweep.slots=2")
+    done = sweep(*sweeping(tmp_path, "sweep=random", "max_steps=interval(2,40)", "validate_every=1000", *by))
+    assert done.returncode == 0, done.stderr
+    found = Ledger(tmp_path / "sweep").entries()
+    assert [e.status for e in found] == ["done"] * 4
+    rows = list(csv.DictReader((tmp_path / "sweep" / "report.csv").read_text().splitlines()))
+    points = [(float(row["val/loss"]), float(row["steps"])) for row in rows]
+    assert [row["pareto_front"] == "yes" for row in rows] == front(points, ("min", "min"))
+    again = run("job=sweep_report", f"job.sweep={tmp_path / 'sweep'}")
+    assert "on the Pareto front" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_search_by_evolution(tmp_path: Path) -> None:
+    space = ("optimizer.lr=tag(log,interval(1e-3,1e-1))", "optimizer.weight_decay=interval(0.0,0.3)")
+    done = sweep(*sweeping(tmp_path, "sweep=cmaes", *space, "sweep.trials=3", "sweep.slots=2"))
+    assert done.returncode == 0, done.stderr
+    found = Ledger(tmp_path / "sweep").entries()
+    assert [(e.trial, e.status) for e in found] == [(0, "done"), (1, "done"), (2, "done")]
+    assert len({tuple(e.point.values()) for e in found}) == 3
+
+
+@pytest.mark.slow
+def test_two_commands_share_a_search(tmp_path: Path) -> None:
+    space = "optimizer.lr=tag(log,interval(1e-3,1e-1))"
+    args = sweeping(tmp_path, "sweep=tpe", space, "sweep.trials=6", "sweep.slots=1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command(*args), env=environment(args), **pipes) for _ in range(2)]
+    for process in both:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    found = Ledger(tmp_path / "sweep").entries()
+    assert [(e.trial, e.status, e.attempts) for e in found] == [(n, "done", 1) for n in range(6)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -274,6 +346,10 @@ def test_a_search_prunes(tmp_path: Path) -> None:
         (["optimizer.lr=1,2", "sweep.slots=0"], "sweep.slots=0; expected"),
         (["sweep=tpe"], "there is nothing to search"),
         (["sweep=cmaes", "model=gpt,llama"], "searches intervals only, and model is a list"),
+        (
+            ["sweep=cmaes", "optimizer.lr=interval(0.1,1)", "sweep.monitor=[val/loss,steps]", "sweep.mode=[min,min]"],
+            "looks for the best of one number",
+        ),
         (["sweep=tpe", "optimizer.lr=interval(1,0.1)"], "expected a lower and a higher number"),
         (["sweep=tpe", "optimizer.lr=interval(0.1,1)", "seeds=3"], "a trial is one run"),
         (["optimizer.lr=1,2", "sweep.mode=up"], "expected min or max"),

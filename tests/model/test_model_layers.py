@@ -10,19 +10,17 @@ from torch.utils._pytree import tree_leaves
 
 from lmexp.contracts import IGNORE_INDEX, UserError
 from lmexp.model import layers
+from lmexp.model.kv_cache import KVCache, Visible, visible
 from lmexp.model.layers import (
     CHUNK_ELEMENTS,
     Head,
-    KVCache,
     RMSNorm,
     Rotary,
-    Visible,
     attend,
     dropped,
     relu_squared,
     rotate,
     unit_rms,
-    visible,
 )
 
 

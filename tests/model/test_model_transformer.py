@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from lmexp.contracts import UserError
-from lmexp.model.layers import Across, Visible, see_across
+from lmexp.model.kv_cache import Across, Visible, see_across
 from lmexp.model.transformer import TransformerConfig, sinusoids
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
