@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py [--nanogpt CHECKOUT] [--steps 60] [--minutes 5]
 
-bf16, context 1024, a vocabulary of 50304, AdamW, synthetic tokens (speed does not depend on what they say). Each
-line is a process of its own; when the time is used up, what is left is said and left out. Without a GPU it says so and
-stops.
+bf16 unless it says float32, context 1024, a vocabulary of 50304, AdamW, synthetic tokens (speed does not depend on what
+they say). The last lines are of the trainers for many devices, on one: what DDP costs, what FSDP2 with recomputed
+activations saves. Each line is a process of its own; when the time is used up, what is left is said and left out.
+Without a GPU it says so and stops.
 """
 
 from __future__ import annotations
@@ -23,15 +24,29 @@ VOCABULARY = 50304
 MODELS = {"124M": ("gpt2", 16), "350M": ("gpt2_medium", 8)}
 """Shape -> (model, sequences at once)."""
 
+COMPILED, PLAIN = ("trainer=gpu", "trainer.compile=true"), ("trainer=gpu", "trainer.compile=false")
+CASES = (
+    ("lmexp 124M, compiled", "124M", COMPILED),
+    ("nanoGPT 124M, compiled", None, ()),
+    ("lmexp 350M, compiled", "350M", COMPILED),
+    ("lmexp 124M", "124M", PLAIN),
+    ("lmexp 350M", "350M", PLAIN),
+    ("lmexp 124M, compiled, DDP", "124M", ("trainer=ddp", "trainer.devices=1", "trainer.compile=true")),
+    ("lmexp 350M, FSDP2, recomputed", "350M", ("trainer=fsdp", "trainer.devices=1")),
+    ("lmexp 350M, float32", "350M", (*PLAIN, "trainer.precision=32-true")),
+)
+"""(What it is, shape or None for nanoGPT, overrides)."""
 
-def lmexp(folder: Path, model: str, batch: int, compiled: bool, steps: int) -> dict[str, float]:
+
+def lmexp(folder: Path, run_name: str, shape: str, overrides: tuple[str, ...], steps: int) -> dict[str, float]:
     """The figures of a run."""
+    model, batch = MODELS[shape]
     corpus = folder / "text.txt"
     if not corpus.exists():
         corpus.write_bytes(np.random.default_rng(0).integers(32, 127, 2**24, dtype=np.uint8).tobytes())
     _, metrics = ours(
-        folder / f"{model}-{compiled}",
-        *("trainer=gpu", f"trainer.compile={str(compiled).lower()}", "trainer.precision=bf16-mixed"),
+        folder / run_name,
+        *("trainer.precision=bf16-mixed", *overrides),
         *("data=files", f"data.corpus.path={corpus}", "data.corpus.by=tail", "tokenizer=byte"),
         *("data.block_size=1024", "data.num_workers=2", "data.validation_blocks=1", "data.eval_batch_size=1"),
         # bytes need 257 ids; the table and the head are as large as GPT-2's
@@ -82,18 +97,17 @@ def main() -> None:
     rows, left_out = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plans = [(shape, compiled) for compiled in (True, False) for shape in MODELS]
-        for shape, compiled in plans[:1] + [("nanoGPT", True)] * bool(options.nanogpt) + plans[1:]:
-            label = f"{'nanoGPT 124M' if shape == 'nanoGPT' else f'lmexp {shape}'}{', compiled' if compiled else ''}"
+        for number, (label, shape, overrides) in enumerate(CASES):
+            if shape is None and options.nanogpt is None:
+                continue
             if time.monotonic() - begun > 60 * options.minutes:
                 left_out.append(label)
                 continue
-            if shape == "nanoGPT":
+            if shape is None:
                 speed = nanogpt(options.nanogpt.resolve(), folder, MODELS["124M"][1], options.steps)
                 rows.append((label, f"{speed:,.0f}", "", ""))
             else:
-                model, batch = MODELS[shape]
-                figures = lmexp(folder, model, batch, compiled, options.steps)
+                figures = lmexp(folder, f"run{number}", shape, overrides, options.steps)
                 cells = (f"{figures['tokens/s']:,.0f}", f"{figures['utilisation']:.1%}")
                 rows.append((label, *cells, f"{figures['memory, GiB']:.1f}"))
             print(rows[-1], flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/positions.py [--steps 10000000] [--batch 64]
 
-Blocks of a corpus of 10^10 tokens, texts of a corpus of 10^8, and the draws of a mixture whose rarest source has a share of
-a millionth: a random position each time, so that nothing is at hand from the one before.
+Blocks of a corpus of 10^10 tokens, texts of a corpus of 10^8, and the draws of a mixture whose rarest source has a
+share of a millionth: a random position each time, so that nothing is at hand from the one before.
 """
 
 from __future__ import annotations

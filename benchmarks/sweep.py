@@ -1,15 +1,18 @@
-"""Sweeps: what two slots save of the time of one, and what pruning saves of the steps.
+"""Sweeps: what two slots save of the time of one, what pruning saves of the steps, what kills do to a search.
 
-    python benchmarks/sweep.py [--slots] [--pruning]
+    python benchmarks/sweep.py [--slots] [--pruning] [--killed]
 
-Without options, both. Slots: eight jobs of one core each, in one slot and in two. Pruning: the same random search of
-learning rates with and without the median pruner, the same values tried by both.
+Without options, all. Slots: eight jobs of one core each, in one slot and in two. Pruning: the same random search of
+learning rates with and without the median pruner, the same values tried by both. Killed: a TPE search of 30 trials
+whose command is killed three times (SIGKILL) and started again, beside one that is left alone, a core each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -27,11 +30,18 @@ JOB = (
 
 def sweep(folder: Path, *overrides: str) -> tuple[float, list[dict]]:
     """Seconds of a sweep, and the entries of its ledger."""
-    command = [sys.executable, str(ROOT / "run.py"), "-m", *JOB, f"paths.cache_dir={folder.parent / 'cache'}"]
     start = time.perf_counter()
-    subprocess.run([*command, f"hydra.sweep.dir={folder}", *overrides], check=True, stdout=subprocess.DEVNULL)
-    spent = time.perf_counter() - start
-    return spent, [json.loads(p.read_text()) for p in sorted((folder / "ledger").glob("*.json"))]
+    subprocess.run(command_of(folder, *overrides), check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start, entries_of(folder)
+
+
+def command_of(folder: Path, *overrides: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *JOB, f"paths.cache_dir={folder.parent / 'cache'}"]
+    return [*command, f"hydra.sweep.dir={folder}", *overrides]
+
+
+def entries_of(folder: Path) -> list[dict]:
+    return [json.loads(p.read_text()) for p in sorted((folder / "ledger").glob("*.json"))]
 
 
 def slots(folder: Path) -> None:
@@ -68,16 +78,50 @@ def pruning(folder: Path) -> None:
     print(f"\nSteps saved: **{saved:.0%}**")
 
 
+def killed(folder: Path, trials: int = 30) -> None:
+    space = ("optimizer.lr=tag(log,interval(1e-4,1.0))", "model.n_layers=1,2", "model.value_layers=0,1")
+    search = ("sweep=tpe", *space, f"sweep.trials={trials}", "sweep.slots=1", "max_steps=30", "validate_every=30")
+    sweep(folder / "warm", "optimizer.lr=0.01", "max_steps=1")  # the token cache
+    rng = random.Random(0)
+    cuts = {"whole": [], "killed three times": [trials // 5, trials // 2, 4 * trials // 5]}
+    quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    commands = [
+        ["taskset", "-c", str(core), *command_of(folder / name.split()[0], *search)] for core, name in enumerate(cuts)
+    ]
+    whole = subprocess.Popen(commands[0], **quiet)
+    for cut in cuts["killed three times"]:
+        process = subprocess.Popen(commands[1], **quiet)
+        while sum(entry["status"] == "done" for entry in entries_of(folder / "killed")) < cut:
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(rng.random() * 6)  # any moment of a job, its end, or the next one's start
+        process.kill()
+        process.wait()
+    subprocess.run(commands[1], check=True, **quiet)
+    assert whole.wait() == 0
+    rows = []
+    for name in cuts:
+        found = sorted(entries_of(folder / name.split()[0]), key=lambda entry: entry["trial"])
+        numbers = [entry["trial"] for entry in found]
+        best = min(found, key=lambda entry: entry["metrics"]["val/loss"])
+        again = sum(entry["attempts"] - 1 for entry in found)
+        doubled = len(numbers) - len(set(numbers))
+        rows.append((name, str(len(found)), str(doubled), str(again), f"{best['metrics']['val/loss']:.4f}"))
+    print(head("A search that is killed"))
+    print(table(("search", "runs", "trial numbers twice", "jobs begun again", "best validation loss"), rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", action="store_true")
     parser.add_argument("--pruning", action="store_true")
+    parser.add_argument("--killed", action="store_true")
     options = parser.parse_args()
+    every = not (options.slots or options.pruning or options.killed)
     with tempfile.TemporaryDirectory() as name:
-        if options.slots or not options.pruning:
-            slots(Path(name) / "slots")
-        if options.pruning or not options.slots:
-            pruning(Path(name) / "pruning")
+        for part, asked in ((slots, options.slots), (pruning, options.pruning), (killed, options.killed)):
+            if asked or every:
+                part(Path(name) / part.__name__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a checkpoint's model and tokenizer as a folder that other libraries load."""
+"""Write a checkpoint's model and tokenizer as a folder that other libraries load, or all of it as one file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from lmexp.run import checkpoint as files
 from lmexp.run.directory import disk_errors
 from lmexp.tokenizer.tokenizer import Tokenizer
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "checkpoint")
 
 
 def export(plan: Plan) -> None:
-    """Make the folder `out` of the checkpoint `ckpt`, whole or not at all. Neither data nor a device is needed."""
+    """Make `out` of the checkpoint `ckpt`, whole or not at all: a folder, or with `format=checkpoint` one file, however
+    many pieces the checkpoint is in. Neither data nor a device is needed."""
     cfg = plan.config
     if int(os.environ.get("RANK", "0")) > 0:
         return  # the first process does it
@@ -36,8 +37,13 @@ def export(plan: Plan) -> None:
         raise UserError(f"format={cfg.format}; expected {' or '.join(FORMATS)}.")
     if cfg.ckpt is None:
         raise UserError("job=export needs a checkpoint: ckpt=RUN_DIRECTORY or ckpt=FILE.")
-    out = check_new_folder(cfg.out)
     path = files.resolve(str(cfg.ckpt))
+    if cfg.format == "checkpoint":
+        file = check_new_file(cfg.out)
+        files.save(files.load(path), file)
+        print(f"{path} as one file, {file}.\nUse it: ckpt={file} or init_from={file}")
+        return
+    out = check_new_folder(cfg.out)
     checkpoint = files.load_model(path)
     model, dtype = model_of(plan, checkpoint, path)
     segments = checkpoint["lmexp"]["config"]["objective"].get("segments", False)
@@ -58,6 +64,16 @@ def check_new_folder(out: Any) -> Path:
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         what = "a file" if path.is_file() else "a folder with files in it"
         raise UserError(f"out={out} is {what}; expected a folder that does not exist yet, or an empty one.")
+    return path
+
+
+def check_new_file(out: Any) -> Path:
+    """The file that `out` names; `UserError` if there is something."""
+    if out is None:
+        raise UserError("job=export format=checkpoint needs a file to write: out=FILE.")
+    path = Path(str(out)).expanduser()
+    if path.exists():
+        raise UserError(f"out={out} is there already; expected a file that does not exist yet.")
     return path
 
 

@@ -151,6 +151,12 @@ def test_weights_in_pieces_resume_and_export(
         expected = exported(tokens, **told).logits
         assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
+    one, last = tmp_path / "one.ckpt", tmp_path / "pieces" / "checkpoints" / "last.ckpt"
+    done = run("job=export", f"ckpt={last}", "format=checkpoint", f"out={one}", "trainer=cpu")
+    assert done.returncode == 0, done.stderr
+    assert_same(torch.load(one, weights_only=True), files.load(last), "one file")
+    assert not list(tmp_path.glob("one.ckpt.*"))
+
 
 @pytest.mark.slow
 def test_weights_shared_out_and_in_pieces_go_on_elsewhere(tmp_path: Path) -> None:
@@ -274,6 +280,26 @@ def test_machines_must_agree_on_the_directory(tmp_path: Path) -> None:
     ended = two_nodes(args)
     assert all(done.returncode for done in ended)
     assert "set paths.run_dir" in ended[0].stderr
+
+
+@pytest.mark.slow
+def test_two_processes_write_in_the_background(tmp_path: Path) -> None:
+    options = ("model=llama", "trainer=ddp_sim", "callback.checkpoint.every_steps=2", "max_steps=12")
+    for name, background in (("front", "false"), ("back", "true")):
+        done = run(*arguments(tmp_path, name, *options, f"callback.checkpoint.background={background}"))
+        assert done.returncode == 0, done.stderr
+    assert_same(checkpoint(tmp_path / "front")["state_dict"], checkpoint(tmp_path / "back")["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim", "tp_fsdp_sim"])
+def test_half_precision_on_two_processes(tmp_path: Path, trainer: str) -> None:
+    """bf16 on two as on one, as far as its rounding goes."""
+    options = ("model=llama", "trainer.precision=bf16-mixed", *OPTIMIZERS["adamw"])
+    train(plan(*arguments(tmp_path, "one", *options)))
+    done = run(*arguments(tmp_path, "two", *options, f"trainer={trainer}"))
+    assert done.returncode == 0, done.stderr
+    assert_curves(tmp_path / "one", tmp_path / "two", 1e-2)
 
 
 @pytest.mark.parametrize("steps", [12, 13])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lmexp.contracts import UserError
 from lmexp.job import pool, sweep_report
@@ -551,3 +553,28 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [s.environment for s in made] == [{"CUDA_VISIBLE_DEVICES": "2,3"}, {"CUDA_VISIBLE_DEVICES": "5,7"}]
     with pytest.raises(UserError, match="2 at most"):
         pool.slots_for(gpu, 3, None)  # type: ignore[arg-type]
+
+
+def test_the_live_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = [entry("0.1", 1, 2.5), entry("0.2", 1, None, "running"), entry("0.3", 1, None, "waiting")]
+    known += [entry("0.4", 1, None, "diverged")]
+    known[1].run_dir = str(tmp_path)
+    (tmp_path / ".progress.json").write_text('{"step": 3, "of": 6, "val/loss": 4.25}')
+    board = pool.Board(lambda: known, 5, "val/loss")
+    board.console = Console(force_terminal=True, width=120, highlight=False)
+    looked = []
+
+    def look() -> None:
+        known[2].status, known[2].metrics = "done", {"val/loss": 1.125, "steps": 6.0}
+        looked.append(1)
+
+    with board.watching(look):
+        deadline = time.monotonic() + 20
+        while not looked and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+    board.say(known[3])
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    for text in ("5 jobs: 2 done, 1 running, 1 diverged", "optimizer.lr=0.2", "3/6", "4.25", "1.125", "val/loss"):
+        assert text in shown, shown
+    assert "[3/5] optimizer.lr=0.4, seed=1: diverged" in shown
