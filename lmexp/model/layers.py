@@ -190,8 +190,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
         record.append(_attention_weights(q, k, seen, scale))
     if _short_on_cpu(q, k, v):
         return _attend_short((q[None], k[None], v[None]), seen, dropout, scale)
-    if _step_on_cpu(q, k, dropout):
-        return _attend_step(q, k, v, seen, scale)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -278,37 +276,6 @@ def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and 1 < q.shape[2] <= k.shape[2] <= 128
         and not torch.compiler.is_compiling()
     )
-
-
-def _step_on_cpu(q: Tensor, k: Tensor, dropout: float) -> bool:
-    """Whether many rows are at their next few positions, for which torch's kernel takes longer on a CPU."""
-    return (
-        not torch.is_grad_enabled()
-        and q.device.type == "cpu"
-        and q.shape[2] <= 8
-        and q.shape[0] * q.shape[1] >= 64
-        and q.shape[1] == k.shape[1]
-        and q.dtype.itemsize >= 4  # scores of half precision would be rounded, which torch's kernel does not
-        and not torch.is_autocast_enabled("cpu")
-        and dropout == 0
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _attend_step(q: Tensor, k: Tensor, v: Tensor, seen: Visible, scale: float | None) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.matmul(q, k.mT)  # (B, H, T, S)
-    mask = seen.mask
-    if mask is None:
-        scores.mul_(scale)
-        if seen.causal:
-            scores += scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    elif mask.dtype == torch.bool:
-        added = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
-        scores = torch.add(added, scores, alpha=scale)
-    else:
-        scores = torch.add(mask, scores, alpha=scale)
-    return torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2)
 
 
 def _attend_short(parts: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
