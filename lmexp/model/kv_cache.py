@@ -105,6 +105,7 @@ class KVCache:
         index, old = torch.tensor(kept, device=self._held.device), self._held
         self._hold(old.new_zeros(*old.shape[:2], len(kept), *old.shape[3:]))
         self._held[:, :, :, :, : self._columns] = old[:, :, :, :, : self._columns].index_select(2, index)
+        assert self.places is not None
         self.places = self.places[index]
         return index
 
