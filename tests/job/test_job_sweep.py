@@ -303,7 +303,7 @@ def test_a_search_prunes(tmp_path: Path) -> None:
 def test_a_search_by_several_numbers(tmp_path: Path) -> None:
     """And the front of it in the table: a step more costs more and, so early, is always worth it."""
     by = ("sweep.monitor=[val/loss,steps]", "sweep.mode=[min,min]", "sweep.trials=4", "sweep.slots=2")
-    done = sweep(*sweeping(tmp_path, "sweep=random", "max_steps=interval(2,40)", "validate_every=1000", *by))
+    done = sweep(*sweeping(tmp_path, "sweep=random", "max_steps=int(interval(2,40))", "validate_every=1000", *by))
     assert done.returncode == 0, done.stderr
     found = Ledger(tmp_path / "sweep").entries()
     assert [e.status for e in found] == ["done"] * 4
