@@ -301,9 +301,10 @@ def test_a_search_prunes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_by_several_numbers(tmp_path: Path) -> None:
-    """And the front of it in the table: a step more costs more and, so early, is always worth it."""
+    """And the front of it in the table and the report."""
     by = ("sweep.monitor=[val/loss,steps]", "sweep.mode=[min,min]", "sweep.trials=4", "sweep.slots=2")
-    done = sweep(*sweeping(tmp_path, "sweep=random", "max_steps=int(interval(2,40))", "validate_every=1000", *by))
+    space = ("max_steps=int(interval(2,40))", "optimizer.lr=tag(log,interval(1e-3,1e-1))")
+    done = sweep(*sweeping(tmp_path, "sweep=random", *space, "validate_every=1000", *by))
     assert done.returncode == 0, done.stderr
     found = Ledger(tmp_path / "sweep").entries()
     assert [e.status for e in found] == ["done"] * 4
