@@ -142,9 +142,7 @@ def test_a_spike_of_the_loss_is_left_out(tmp_path: Path, trainer: str) -> None:
     """What is all right by its gradient; the mean over all devices, not that of one."""
     noise = random.Random(0)
     parts = ["the model reads a line " * 40 + "".join(noise.choices(string.ascii_letters, k=40)) for _ in range(8)]
-    (tmp_path / "text.txt").write_text(
-        " ".join(parts), encoding="utf-8"
-    )  # a few blocks are hard
+    (tmp_path / "text.txt").write_text(" ".join(parts), encoding="utf-8")  # a few blocks are hard
     args = [*TINY, f"data.corpus.path={tmp_path / 'text.txt'}"]
     args += [f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={tmp_path / 'run'}"]
     args += ["callback.guard.policy=skip", "callback.guard.loss_spike=0.1", "callback.guard.most=1000"]
