@@ -20,7 +20,7 @@ from lmexp.run.directory import write_json
 from lmexp.run.pieces import pieces_of
 
 _SETTLED = 20
-"""Steps before the running average of the norm says what is usual."""
+"""Steps before the running average of the norm, or of the loss, says what is usual."""
 
 _RATE = 0.05
 """Weight of a step in that average."""
@@ -47,7 +47,7 @@ class Guard(RunCallback):
     there the norms are read with everything else every `log_every` steps, and the run ends then.
     """
 
-    def __init__(self, policy: str, spike: float | None, loss_spike: float | None, most: int) -> None:
+    def __init__(self, policy: str, spike: float | None, most: int, loss_spike: float | None = None) -> None:
         if policy not in ("raise", "skip", "rollback"):
             raise UserError(f"callback.guard.policy={policy}; expected raise, skip or rollback.")
         if spike is not None and not spike > 1:
@@ -63,7 +63,7 @@ class Guard(RunCallback):
         self.watched: Any = None
         """Called with (batch, task, step, trainer) before each step is judged; of `job=replay`."""
         self._log_average = self._loss_average = 0.0
-        self._seen = 0
+        self._seen = self._losses_seen = 0
         self._recent: list[float] = []
         self._recorded = 0
 
@@ -81,17 +81,20 @@ class Guard(RunCallback):
         step = self._trainer.global_step
         if self.watched is not None:
             self.watched(batch, self._task, step, self._trainer)
-        value, mean = norm.item(), self._mean_of(loss)
+        value = norm.item()
+        mean = None if self.loss_spike is None else self._mean(loss)
         why = self._wrong_with(value, mean)
         if why is None:
-            rate = max(_RATE, 1 / (self._seen + 1))
-            self._log_average += (math.log(max(value, 1e-30)) - self._log_average) * rate
-            self._loss_average += ((mean or 0.0) - self._loss_average) * rate
+            self._log_average += (math.log(max(value, 1e-30)) - self._log_average) * max(_RATE, 1 / (self._seen + 1))
             self._seen += 1
+            if mean is not None:
+                self._loss_average += (mean - self._loss_average) * max(_RATE, 1 / (self._losses_seen + 1))
+                self._losses_seen += 1
             self.in_a_row = 0
             self._recent = [*self._recent[-4:], value]
             return True
-        self._record(batch, step, loss.item(), value, why)
+        mean = self._mean(loss) if mean is None else mean  # all devices are here
+        self._record(batch, step, mean, value, why)
         first = self._trainer.datamodule.samples_seen  # type: ignore[attr-defined]
         last = first + self.session.batch_size - 1
         told = f"at step {step + 1} (samples {first} to {last}): {why}"
@@ -104,7 +107,7 @@ class Guard(RunCallback):
             self.session.metrics["guard/skipped"] = self.skipped
             self.session.terminal.print(f"Left out the update {told}.")
             return False
-        raise Diverged(self.told(step, loss.item(), value, why))
+        raise Diverged(self.told(step, mean, value, why))
 
     def told(self, step: int, loss: float, norm: float, why: str) -> str:
         """The message of a run that ends here."""
@@ -125,10 +128,8 @@ class Guard(RunCallback):
             f"with: python run.py job=replay ckpt={folder.path}"
         )
 
-    def _mean_of(self, loss: Tensor) -> float | None:
-        """The batch's mean loss, the same on all devices; None: nobody asks for it."""
-        if self.loss_spike is None:
-            return None
+    def _mean(self, loss: Tensor) -> float:
+        """The batch's mean loss, the same on all devices. Collective."""
         total, world = loss.detach().clone(), self._trainer.world_size
         if world > 1:  # over all, not the shares alone: those who hold one share must decide alike, to the last bit
             dist.all_reduce(total)
@@ -140,9 +141,11 @@ class Guard(RunCallback):
         usual = math.exp(self._log_average)
         if self.spike is not None and self._seen >= _SETTLED and norm > self.spike * usual:
             return f"the gradient's norm, {norm:.4g}, is {norm / usual:.3g} times the usual {usual:.4g}"
-        if self.loss_spike is not None and loss is not None and self._seen >= _SETTLED:
+        if self.loss_spike is not None and loss is not None:
+            if not math.isfinite(loss):
+                return f"the loss is {loss}"
             above = loss - self._loss_average
-            if above > self.loss_spike:
+            if above > self.loss_spike and self._losses_seen >= _SETTLED:
                 return f"the loss, {loss:.4g}, is {above:.3g} above the usual {self._loss_average:.4g}"
         return None
 
@@ -169,7 +172,7 @@ class Guard(RunCallback):
             "step": step,
             "why": why,
             "policy": self.policy,
-            "loss_of_this_device": loss,
+            "loss": loss,
             "grad_norm": norm,
             "grad_norms_before": self._recent,
             "learning_rates": {g["name"]: g["lr"] for g in self._trainer.optimizers[0].param_groups},
@@ -207,14 +210,16 @@ class Guard(RunCallback):
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
             "average": self._log_average,
-            "loss_average": self._loss_average,
             "seen": self._seen,
+            "loss_average": self._loss_average,
+            "losses_seen": self._losses_seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
         self._log_average, self._seen = state_dict["average"], state_dict["seen"]
-        self._loss_average = state_dict.get("loss_average", 0.0)  # of a checkpoint from before there was one
+        self._loss_average = state_dict.get("loss_average", 0.0)  # a checkpoint from before has none
+        self._losses_seen = state_dict.get("losses_seen", 0)
 
 
 def texts_of(batch: Batch, tokenizer: Any) -> list[str]:

@@ -40,7 +40,9 @@ def export(plan: Plan) -> None:
     path = files.resolve(str(cfg.ckpt))
     if cfg.format == "checkpoint":
         file = check_new_file(cfg.out)
-        files.save(files.load(path), file)
+        whole = files.load(path)
+        merged(plan, whole["lmexp"]["config"])  # raises for overrides of what the checkpoint decides
+        files.save(whole, file)
         print(f"{path} as one file, {file}.\nUse it: ckpt={file} or init_from={file}")
         return
     out = check_new_folder(cfg.out)

@@ -236,10 +236,11 @@ class Ranks:
         return self.outcome()
 
     def tell_of_signal(self) -> None:
-        """Tell whoever listens in this process of the first signal that `wait` handed on, if there was one."""
-        listener = signal.getsignal(self._signals[0]) if self._signals else None
-        if callable(listener) and listener is not signal.default_int_handler:
-            listener(self._signals[0], None)
+        """Tell whoever listens in this process of the signals that `wait` handed on."""
+        for number in dict.fromkeys(self._signals):
+            listener = signal.getsignal(number)
+            if callable(listener) and listener is not signal.default_int_handler:
+                listener(number, None)
 
     def outcome(self) -> Outcome:
         """How they ended; says what none of them could."""

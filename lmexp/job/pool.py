@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,8 @@ class Board:
 
         def draw() -> None:
             while not over.wait(1):
-                look()
+                with suppress(OSError, UserError):  # of the ledger; it is read again, and its errors told, in the end
+                    look()
                 self.update({})
 
         with self:
@@ -283,7 +284,7 @@ class Board:
             finally:
                 over.set()
                 if thread.is_alive():
-                    thread.join()
+                    thread.join(timeout=5)
 
     def say(self, entry: Entry, what: str | None = None) -> None:
         """A job has changed."""

@@ -49,6 +49,9 @@ def run_job(plan: Plan) -> float:
     with ledger.held(entry.key) as free:
         if not free:
             return float("nan")  # another one runs it
+        known = ledger.read_file(entry.key)
+        if known is not None and known.status in ENDED_WELL:  # it was launched twice
+            return known.metrics.get("metric", float("nan"))
         entry.status, entry.said, entry.attempts = "running", "", entry.attempts + 1
         ledger.write(entry)
         start = time.monotonic()
@@ -115,7 +118,7 @@ class Jobs:
         own |= {"hydra.sweep.dir": cfg.sweep.dir}
         if self.trains(cast(dict[str, Any], cfg)):
             own |= {"paths.run_dir": cfg.paths.run_dir, "resume": cfg.resume}
-        return [*job.entry.overrides, "seeds=null", *(f"{key}={_quoted(value)}" for key, value in own.items())]
+        return [*job.plan.overrides, "seeds=null", *(f"{key}={_quoted(value)}" for key, value in own.items())]
 
 
 class LmexpLauncher(Launcher):
@@ -191,7 +194,8 @@ class LmexpSweeper(Sweeper):
         finally:
             if ledger.exists():
                 report(ledger, settings, self.ours)
-        wrong = [entry for entry in ended if entry.status in ("failed", "diverged", "killed")]
+        bad = ("failed", "diverged", "killed", *(() if isinstance(self.launcher, LmexpLauncher) else ("running",)))
+        wrong = [entry for entry in ended if entry.status in bad]
         if wrong:
             told = "".join(f"\n  {name_of(entry)}: {entry.status}: {entry.said}" for entry in wrong[:10])
             print(
@@ -268,7 +272,8 @@ class LmexpSweeper(Sweeper):
                 if entry.status in ENDED_WELL:  # the process was killed between the end and the telling
                     ended(entry)
                     continue
-                ledger.write(entry)
+                if ledger.read_file(entry.key) is None:
+                    ledger.write(entry)
                 return job
 
         board = Board(lambda: list(known.values()), search.total, settings.monitors[0])
@@ -299,7 +304,11 @@ class LmexpSweeper(Sweeper):
             batch += [job for job in (source() for _ in range(count - len(batch))) if job is not None]
             if not batch:
                 return
-            said = "its launcher started it and it never wrote into the ledger"
+            said, lost = "its launcher started it and it never wrote into the ledger", False
+            for job in batch:
+                if not ledger.is_held(job.entry.key):
+                    job.entry.status, job.entry.said = "waiting", ""
+                    ledger.write(job.entry)
 
             def look(batch: list[Job] = batch) -> None:
                 for job in batch:
@@ -309,17 +318,19 @@ class LmexpSweeper(Sweeper):
                 with board.watching(look):
                     self.launcher.launch([jobs.handed_over(job) for job in batch], started)
             except Exception as error:  # of one job that was lost, by any library; the ledger knows the others
-                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                said, lost = f"{type(error).__name__}: {error}".splitlines()[0], True
             started += len(batch)
             for job in batch:
                 entry = ledger.read(job.entry.key) or job.entry
+                may_come = lost and entry.status in ("waiting", "running")  # launchers give up on all for one
                 if entry.status == "waiting":
                     entry.status, entry.said = "failed", said[:500]
                     ledger.write(entry)
                 job.entry.__dict__.update(entry.__dict__)
                 board.say(entry)
                 times[entry.key] += 1
-                if entry.status in ("failed", "killed") and times[entry.key] <= retries_of(settings.on_fail):
+                wrong = entry.status in ("failed", "killed") and not may_come
+                if wrong and times[entry.key] <= retries_of(settings.on_fail):
                     job.entry.status = "waiting"
                     ledger.write(job.entry)
                     again.append(job)

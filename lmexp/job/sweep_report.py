@@ -132,6 +132,7 @@ def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> 
         console.print(table)
     write_atomically(ledger.sweep_dir / "report.csv", _csv(entries, monitors, modes))
     tables_kept = "report.csv"
+    (ledger.sweep_dir / "means.csv").unlink(missing_ok=True)
     if len({e.seed for e in entries}) > 1:
         write_atomically(ledger.sweep_dir / "means.csv", _csv_of_means(groups, monitors))
         tables_kept += ", means.csv"

@@ -77,9 +77,9 @@ def train(plan: Plan) -> float:
         directory.refuse_if_taken(cfg.resume)
     terminal = Terminal(quiet=rank > 0)
     with ExitStack() as stack:
+        stack.enter_context(directory.open() if rank == 0 else nullcontext())
         stack.enter_context(directory.losses())
         stack.enter_context(disk_errors(directory.path, "Writing the run"))
-        stack.enter_context(directory.open() if rank == 0 else nullcontext())
         terminal.open_log(directory.log)
         stack.callback(terminal.close)
         backs: list[Rollback] = []

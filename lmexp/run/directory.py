@@ -27,6 +27,13 @@ def new_run_id() -> str:
 class NoAccess(UserError):
     """A place that may not be written to."""
 
+    def __init__(self, doing: str, path: Path | str, reason: str | None) -> None:
+        super().__init__(
+            f"{doing}: cannot write to {path} ({reason}). Give a directory that you may write to, for example "
+            "paths.run_dir=logs/mine."
+        )
+        self.doing, self.path, self.reason = doing, Path(path), reason
+
 
 @contextmanager
 def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
@@ -49,10 +56,7 @@ def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
                 "last whole checkpoint is as it was; when the disk is back, run again with resume=auto."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise NoAccess(
-                f"{doing}: cannot write to {path} ({error.strerror}). Give a directory that you may write to, "
-                "for example paths.run_dir=logs/mine."
-            ) from error
+            raise NoAccess(doing, path, error.strerror) from error
         raise
 
 
@@ -161,16 +165,15 @@ class RunDirectory:
 
     @contextmanager
     def losses(self) -> Iterator[None]:
-        """Once a run was begun, not being allowed to write it any more is a loss of its disk, not a mistake: turn
-        `NoAccess` into a `StorageError`."""
+        """While it is open, not being allowed to write here any more is a loss of the disk, not a mistake."""
         try:
             yield
         except NoAccess as error:
-            if not self.holds_run():
+            if self.path not in (error.path, *error.path.parents):
                 raise
             raise StorageError(
-                f"{error} The last whole checkpoint is as it was; once {self.path} can be written again, go on with "
-                f"resume=auto paths.run_dir={self.path}"
+                f"{error.doing}: {error.path} cannot be written any more ({error.reason}). The last whole checkpoint "
+                f"is as it was; when it can be written again, go on with resume=auto paths.run_dir={self.path}"
             ) from error
 
     def _remove_what_was_made(self, made: list[Path]) -> None:

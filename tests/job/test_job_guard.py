@@ -163,6 +163,13 @@ def test_a_spike_of_the_loss_is_left_out(tmp_path: Path, trainer: str) -> None:
     assert {r["step"] for r in told} == set(sorted(left_out)[:10])
     assert all("above the usual" in r["why"] for r in told)
 
+    # from a run that did not look at its losses: what is usual has to be seen first
+    plain = [a for a in args if not a.startswith(("callback.guard.loss_spike", "paths.run_dir"))]
+    plain += [f"paths.run_dir={tmp_path / 'plain'}", "schedule=constant", "optimizer.lr=0.3", f"trainer={trainer}"]
+    assert run(*plain, "max_steps=30").returncode == 0
+    done = run(*plain, "max_steps=40", "resume=auto", "callback.guard.loss_spike=0.1", "callback.guard.policy=raise")
+    assert done.returncode == 0, done.stderr
+
 
 @pytest.mark.parametrize(
     ("override", "told"),

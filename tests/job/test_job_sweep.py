@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,11 +206,12 @@ def test_submitit_starts_a_job_again_that_was_told_to_stop(tmp_path: Path) -> No
     while not list((tmp_path / "sweep").glob("*/checkpoints/*.ckpt")):
         assert process.poll() is None
         time.sleep(0.1)
-    (task,) = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"submitit.core._submit" in path.read_bytes() and str(tmp_path).encode() in path.read_bytes()
-    ]
+    tasks = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            line = path.read_bytes()
+            tasks += [int(path.parent.name)] * (b"submitit.core._submit" in line and str(tmp_path).encode() in line)
+    (task,) = tasks
     os.kill(task, signal.SIGUSR2)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said

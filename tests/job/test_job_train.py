@@ -266,13 +266,13 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path, capsys: pytest.Ca
 def test_max_time_ends_a_run_as_done(tmp_path: Path) -> None:
     out = tmp_path / "run"
     args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={out}"]
-    train(plan(*args, "max_time=0.5s", "max_steps=1000000", "validate_every=1000000"))
+    train(plan(*args, "max_time=2s", "max_steps=1000000", "validate_every=1000000"))
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 < metrics["steps"] < 1000000
     assert "val/loss" in metrics
     assert checkpoint(out)["lmexp"]["step"] == metrics["steps"]
     rates = [v for _, v in sorted(scalars(out)["optim/lr"])]
-    assert rates[-1] < 0.05 * max(rates)  # it came down in time, though a millionth of the steps was made
+    assert rates[-1] < 0.1 * max(rates)  # it came down in time, though a millionth of the steps was made
 
 
 @pytest.mark.slow
