@@ -4,9 +4,8 @@
 
 bf16 unless it says float32, context 1024, a vocabulary of 50304, AdamW, synthetic tokens (speed does not depend on what
 they say). The last lines are what the trainers for many devices cost and save on one: DDP, FSDP2 with recomputed
-activations, and beside it float32 without them. Each line is a process of its own; when the time is used up, what is left
-is said and left out.
-Without a GPU it says so and stops.
+activations, and beside it float32 without them. Each line is a process of its own; when the time is used up, what is
+left is said and left out. Without a GPU it says so and stops.
 """
 
 from __future__ import annotations

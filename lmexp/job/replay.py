@@ -83,8 +83,8 @@ def _record_file(plan: Plan) -> Path:
     if not records:
         raise UserError(
             f"ckpt={plan.config.ckpt}: {flight} holds no record. (On GPUs, with callback.guard.policy=raise and no "
-            "spike or loss_spike, bad steps are found too late for one; go on with resume=auto callback.guard.policy=skip "
-            "to get it.)"
+            "spike or loss_spike, bad steps are found too late for one; go on with resume=auto "
+            "callback.guard.policy=skip to get it.)"
         )
     return records[-1]
 
