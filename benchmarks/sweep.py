@@ -64,7 +64,7 @@ def pruning(folder: Path) -> None:
     search = (
         *("sweep=random", "optimizer.lr=tag(log,interval(1e-4,1.0))", "sweep.trials=12", "max_steps=100"),
         # in one slot, so that what is known when a trial is judged does not depend on who was faster
-        *("validate_every=10", "sweep.pruner_startup=3", "sweep.pruner_warmup=20", "sweep.slots=1"),
+        *("validate_every=10", "sweep.pruner_warmup=20", "sweep.slots=1"),
     )
     rows = []
     for name, pruner in (("whole", "null"), ("median", "median")):
