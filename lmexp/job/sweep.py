@@ -331,8 +331,6 @@ class LmexpSweeper(Sweeper):
                 times[entry.key] += 1
                 wrong = entry.status in ("failed", "killed") and not may_come
                 if wrong and times[entry.key] <= retries_of(settings.on_fail):
-                    job.entry.status = "waiting"
-                    ledger.write(job.entry)
                     again.append(job)
                     continue
                 ended(entry)
