@@ -47,11 +47,9 @@ def run_job(plan: Plan) -> float:
     entry = ledger.read(cfg.sweep.key)
     assert entry is not None, "the sweeper writes it before it launches"
     with ledger.held(entry.key) as free:
-        if not free:
-            return float("nan")  # another one runs it
-        known = ledger.read_file(entry.key)
-        if known is not None and known.status in ENDED_WELL:  # it was launched twice
-            return known.metrics.get("metric", float("nan"))
+        known = ledger.read_file(entry.key) or entry
+        if not free or known.status in ENDED_WELL:  # it was launched twice: another one runs it, or has
+            return float("nan")
         entry.status, entry.said, entry.attempts = "running", "", entry.attempts + 1
         ledger.write(entry)
         start = time.monotonic()

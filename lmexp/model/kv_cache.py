@@ -175,6 +175,11 @@ class Visible(NamedTuple):
     causal: bool
 
 
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to scores, which attention would otherwise make of it in every layer and step."""
+    return torch.where(mask, 0.0, -math.inf).to(dtype)
+
+
 def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, prefix: Tensor | None = None) -> Visible:
     """Each position sees itself and those before it, with `documents` (B, T) only those of its own document.
 
@@ -195,8 +200,8 @@ def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, pre
         return Visible(None, causal=length > 1)
     if length == 1 and documents is not None and keys is not None and prefix is None:  # nothing is later
         mask = documents[:, None, :, None] == keys[:, None, None, :]
-        if cache is not None:  # once for all layers
-            mask = torch.where(mask, 0.0, -math.inf).to(cache.dtype)
+        if cache is not None:
+            mask = _added(mask, cache.dtype)
         return Visible(mask, causal=False)
     ones = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device)
     mask = ones.tril(start)[None, None]
@@ -262,7 +267,5 @@ def see_across(
     seen = mask | ~some
     if kept is None:
         return Across(Visible(seen, causal=False), some[:, 0])
-    # what attention would make of it at each step
-    added = torch.zeros(seen.shape, device=seen.device, dtype=kept.dtype).masked_fill_(~seen, -math.inf)
-    kept.across = Across(Visible(added, causal=False), None if some.all() else some[:, 0])
+    kept.across = Across(Visible(_added(seen, kept.dtype), causal=False), None if some.all() else some[:, 0])
     return kept.across
