@@ -252,7 +252,8 @@ class Ranks:
         # those that ended after the first had failed were brought down by it, or by this process
         first = [c for c in self._first_codes if c]
         killed = [f"{rank} by signal {-c}" for rank, c in enumerate(self._first_codes) if c is not None and c < 0]
-        killed = killed if len(killed) == len(first) else []
+        if len(killed) != len(first) and -signal.SIGKILL not in first:
+            killed = []  # one failed by itself, and its end may have aborted the others
         said = str(told.get("said", ""))
         if killed and code == 1:
             said = f"a process was ended from outside (rank {', '.join(killed)})."

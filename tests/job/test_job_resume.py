@@ -120,8 +120,8 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, devices: int, numb
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_brings_the_others_down(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "seen_late"), [(0, False), (1, False), (0, True), (1, True)])
+def test_a_rank_that_dies_brings_the_others_down(tmp_path: Path, rank: int, seen_late: bool) -> None:
     args = [*arguments(tmp_path, "trainer=ddp_sim", steps=100_000), f"paths.run_dir={tmp_path / 'run'}", "resume=auto"]
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and steps_saved(tmp_path / "run") == 0:
@@ -131,7 +131,14 @@ def test_a_rank_that_dies_brings_the_others_down(tmp_path: Path, rank: int) -> N
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         ranks |= {int(v.removeprefix(b"RANK=")): int(child) for v in variables if v.startswith(b"RANK=")}
     assert sorted(ranks) == [0, 1]
+    if seen_late:  # the launcher looks again when the other has failed too, having lost its peer
+        process.send_signal(signal.SIGSTOP)
     os.kill(ranks[rank], signal.SIGKILL)
+    if seen_late:
+        other = Path(f"/proc/{ranks[1 - rank]}")
+        while [s.read_text().rpartition(")")[2].split()[0] for s in other.glob("task/*/stat")] != ["Z"]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGCONT)
     _, said = process.communicate(timeout=60)  # the process group itself would wait for half an hour
     assert process.returncode == 1
     assert f"a process was ended from outside (rank {rank} by signal 9)" in said
