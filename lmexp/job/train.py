@@ -65,6 +65,9 @@ MAY_CHANGE = (
 )
 """Keys that a resumed run may have otherwise: how fast, how long, where; never what is computed."""
 
+ADDED = {"data.bpe_dropout": 0.0}
+"""Keys that the configurations of the first runs lack, and the values that mean what these runs did."""
+
 
 def train(plan: Plan) -> float:
     """Run the training job; returns the final value of the metric that picks the best checkpoint."""
@@ -272,7 +275,7 @@ def cut_lines(data: TextData) -> list[str]:
 
 def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
     """Raise `UserError` if a resumed run would compute something else than it did before."""
-    old, new = _flat(before), _flat(OmegaConf.to_container(cfg))
+    old, new = {**ADDED, **_flat(before)}, _flat(OmegaConf.to_container(cfg))
     scored = cfg.callback.get("answers") is not None  # then decoding decides what is best
     may_change = [free for free in MAY_CHANGE if not (scored and free == "decoding")]
     changed = [

@@ -103,6 +103,15 @@ class SubwordTokenizer(Tokenizer):
         parts = [[next(ids) for _ in range(count)] for count in counts]
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
+    def merges(self) -> np.ndarray | None:
+        model = self._backend_state["model"]
+        if model["type"] != "BPE":
+            return None
+        ids, mark = model["vocab"], model["continuing_subword_prefix"] or ""
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        made = [(ids[a], ids[b], ids[a + b.removeprefix(mark)]) for a, b in pairs]
+        return np.array(made, dtype=np.int64).reshape(-1, 3)
+
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 

@@ -140,6 +140,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
+    def merges(self) -> np.ndarray | None:
+        """(n, 3) int64: two ids and the one that they are merged to, first merges first; None: a vocabulary that is
+        not made so."""
+        return None
+
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """The text of these ids; bytes that are no UTF-8 become U+FFFD. Special tokens are spelled out or left out."""

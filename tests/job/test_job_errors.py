@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lmexp.contracts import StorageError, UserError
 from lmexp.job.check import check, seconds_of
 from lmexp.job.errors import exit_code_of_errors
-from lmexp.job.train import train
+from lmexp.job.train import refuse_changes, train
 from tests.runs import ROOT, TINY, checkpoint, command, corpus, plan, run
 
 
@@ -165,6 +166,16 @@ def test_a_resumed_run_may_not_compute_something_else(tmp_path: Path, trained: P
     with pytest.raises(UserError, match="corpus is not the one"):
         train(plan(*TINY, same_name, *where(trained.parent, trained), "resume=auto"))
     assert checkpoint(trained)["lmexp"]["step"] == before
+
+
+def test_a_run_of_before_a_key_was_added_goes_on(tmp_path: Path) -> None:
+    now = plan(*TINY, corpus(tmp_path)).config
+    before = OmegaConf.to_container(now)
+    assert isinstance(before, dict)
+    del before["data"]["bpe_dropout"]
+    refuse_changes(now, before)
+    with pytest.raises(UserError, match=r"data\.bpe_dropout: was 0\.0, now 0\.1"):
+        refuse_changes(plan(*TINY, corpus(tmp_path), "data.bpe_dropout=0.1").config, before)
 
 
 @pytest.fixture
