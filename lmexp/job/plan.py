@@ -14,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lmexp.contracts import UserError
 
+ADDED = {"data.bpe_dropout": 0.0}
+"""Keys that the configurations of the first runs lack, and the values that mean what these runs did."""
+
 
 @dataclass(frozen=True)
 class Plan:

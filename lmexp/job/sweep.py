@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmexp.contracts import Interrupted, UserError
 from lmexp.job.errors import USER_ERROR, ChildFailed
 from lmexp.job.launch import Ranks, device_count
-from lmexp.job.plan import Plan, choices_of, slug
+from lmexp.job.plan import ADDED, Plan, choices_of, slug
 from lmexp.job.pool import Board, Job, Pool, name_of, record, retries_of, slots_for
 from lmexp.job.search import Interval, Search, Space, SweepSettings, check_space, settings_of
 from lmexp.run.directory import write_atomically
@@ -82,7 +82,8 @@ class Jobs:
         resolved = cfg.copy()
         resolved.paths = dict.fromkeys(cfg.paths)  # where things lie makes no other job
         plain = cast(dict[str, Any], OmegaConf.to_container(Plan.of(resolved, choices, [], True).config))
-        for name in (*NOT_CONTENT, *HOW):
+        as_before = (name for name, value in ADDED.items() if OmegaConf.select(cfg, name) == value)
+        for name in (*NOT_CONTENT, *HOW, *as_before):
             *parents, last = name.split(".")
             node = plain
             for parent in parents:

@@ -40,7 +40,7 @@ from lmexp.job.build import (
 )
 from lmexp.job.check import check, seconds_of
 from lmexp.job.initialize import Origin, check_fit, find, initialize
-from lmexp.job.plan import Plan
+from lmexp.job.plan import ADDED, Plan
 from lmexp.job.restore import load_weights
 from lmexp.job.search import running_trial, settings_of
 from lmexp.objective.classification import Classification
@@ -64,9 +64,6 @@ MAY_CHANGE = (
     "data.corpus",  # where it lies; whether it is the same text is seen by its content
 )
 """Keys that a resumed run may have otherwise: how fast, how long, where; never what is computed."""
-
-ADDED = {"data.bpe_dropout": 0.0}
-"""Keys that the configurations of the first runs lack, and the values that mean what these runs did."""
 
 
 def train(plan: Plan) -> float:
