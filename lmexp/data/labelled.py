@@ -110,7 +110,8 @@ class Examples:
 
     def _sample(self, index: int) -> Sample:
         if self.order is not None:
-            return self._example(self.order.number(index if self.most is None else index % self.most), index)
+            index = index if self.most is None else index % self.most
+            return self._example(self.order.number(index), index)
         if index >= len(self):
             return Sample(np.empty(0, np.int64), np.empty(0, np.float32), index)
         number = index * len(self.labels) // len(self)

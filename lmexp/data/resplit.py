@@ -12,16 +12,16 @@ import numpy as np
 from lmexp.contracts import Sample
 from lmexp.data.mixture import Source
 
-_DISTANCE = 1  # of 2^192 numbers: the objective's noise begins at the start of the same stream
+_JUMP = [0, 0, 0, 1]  # far along the stream at whose start the objective's noise of the same sample is
 
 
 class Resplit:
     """Training samples of whole texts, each token of which is merged anew from its bytes with some merges left out.
 
     Of the merges that are possible at a time each is left out with probability `dropout`, and the first of the others
-    is made, until none is left (BPE-dropout, Provilkov et al. 2020, algorithm 1; within the tokens of the usual cut,
-    whose ends stay). A pure function of the seed and the sample's index, so each epoch has other cuts. A text of which
-    tokens would be lost for it stays as it was.
+    is made, until none is left (BPE-dropout, Provilkov et al. 2020, algorithm 1, but within each token of the usual
+    cut: where that ends a token, one ends). A pure function of the seed and the sample's index, so that each epoch has
+    other cuts. A sample of which more would be lost for it stays as it was, and so does a token that no merges lead to.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Resplit:
         seed: int,
         lost: Callable[[np.ndarray], np.ndarray],
     ) -> None:
-        """`merges` (n, 3) and `token_bytes` (vocab_size,) are the tokenizer's; `lost` says how many tokens are cut off
-        of the texts of samples, (n, texts), which have so many tokens."""
+        """`merges` (n, 3) and `token_bytes` (vocab_size,) are the tokenizer's; `lost` is the objective's
+        (`ReadsWholeTexts`), for its block."""
         self.source = source
         self.merges = merges
         self.token_bytes = token_bytes
@@ -48,27 +48,28 @@ class Resplit:
 
     def _resplit(self, sample: Sample) -> Sample:
         key = np.array([self.seed, sample.index], dtype=np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, _DISTANCE]))
+        rng = np.random.Generator(np.random.Philox(key=key, counter=_JUMP))
         texts = [sample.tokens] if sample.pair is None else [sample.tokens, sample.pair.tokens]
         cut = [self._cut(text, rng) for text in texts]
         before, after = self.lost(np.array([[len(text) for text in texts], [len(text) for text in cut]]))
-        first, *more = (new if b >= a else old for old, new, b, a in zip(texts, cut, before, after, strict=True))
+        fits = np.broadcast_to(after <= before, len(texts))  # of what is cut off both together, both stay
+        first, *more = (new if fit else old for old, new, fit in zip(texts, cut, fits, strict=True))
         pair = sample.pair and replace(sample.pair, tokens=more[0], n_bytes=self.token_bytes[more[0]])
         return replace(sample, tokens=first, n_bytes=self.token_bytes[first], pair=pair)
 
     def _cut(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Other tokens (m,) for the same text."""
         # merges made before the first is left out; for most tokens these are all
-        made = np.floor(np.log(1 - rng.random(len(tokens))) / np.log(1 - self.dropout))
+        made = np.floor(np.log1p(-rng.random(len(tokens))) / np.log1p(-self.dropout))
         cut = np.flatnonzero(made < self._steps[tokens]).tolist()
         if not cut:
             return tokens
         draws = _numbers(rng)
         out = tokens.tolist()
         for place in reversed(cut):
-            path, first = self._path(out[place]), int(made[place])
-            if first < len(path) - 1:
-                out[place : place + 1] = self._merged(path[first], draws)
+            path = self._path(out[place])
+            if made[place] < len(path) - 1:
+                out[place : place + 1] = self._merged(path[int(made[place])], draws)
         return np.array(out, dtype=tokens.dtype)
 
     def _merged(self, symbols: list[int], draws: Iterator[float]) -> list[int]:
@@ -118,11 +119,8 @@ class Resplit:
 
     @cached_property
     def _steps(self) -> np.ndarray:
-        """(vocab_size,) merges that make each token, at most."""
-        steps = np.zeros(len(self.token_bytes), dtype=np.int64)
-        for first, second, whole in self.merges.tolist():
-            steps[whole] = max(steps[whole], steps[first] + steps[second] + 1)
-        return steps
+        """(vocab_size,) merges that make each token."""
+        return np.array([len(self._smallest(token)) - 1 for token in range(len(self.token_bytes))])
 
     def __getstate__(self) -> dict[str, object]:
         made = ("_paths", "_ranks", "_results", "_halves", "_steps")

@@ -58,7 +58,7 @@ class TextData(LightningDataModule):
         ):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"data.{name}={value}; expected a whole number of at least {least}.")
-        if not 0 <= bpe_dropout < 1:
+        if not isinstance(bpe_dropout, (int, float)) or not 0 <= bpe_dropout < 1:
             raise UserError(
                 f"data.bpe_dropout={bpe_dropout}; expected a probability of at least 0 and below 1, for example 0.05."
             )
@@ -120,8 +120,11 @@ class TextData(LightningDataModule):
         if corpus.streaming and self.max_samples is not None:
             raise UserError(f"max_samples={self.max_samples} needs a corpus that is not streamed; choose one, or null.")
         self.tokenizer = self._tokenizer(console).with_roles(self.objective.special_tokens(self.family))
-        if self.bpe_dropout:
-            self._check_resplit()
+        if self.bpe_dropout and not len(self._merges()):
+            raise UserError(
+                f"data.bpe_dropout={self.bpe_dropout} needs a tokenizer of merges (tokenizer=bpe, or a pretrained one "
+                "of that kind); this one has none. Choose one, or set data.bpe_dropout=0."
+            )
         cached = [split for split in corpus.splits if not (corpus.streaming and split == "train")]
         self._caches: list[tuple[TokenCache, ...]] = []
         if cached:
@@ -350,8 +353,7 @@ class TextData(LightningDataModule):
         sources: list[Source] = []
         for number, part in enumerate(self.parts):
             if len(part.languages) > 1:
-                pairs = Pairs(self._sides("train", number), self.tokenizer.token_bytes, number, self.seed)
-                sources.append(self._resplit(pairs))
+                sources.append(Pairs(self._sides("train", number), self.tokenizer.token_bytes, number, self.seed))
                 continue
             repeated = None if is_parted(self.corpus) else self.max_samples
             order = self._order(number)
@@ -360,17 +362,19 @@ class TextData(LightningDataModule):
         if not is_parted(self.corpus):
             return sources[0]
         tagged = [self._tagged(source, number) for number, source in enumerate(sources)]
-        return Mixed(tagged, MixtureOrder(self.shares, self.seed), self.max_samples)
+        return self._resplit(Mixed(tagged, MixtureOrder(self.shares, self.seed), self.max_samples))
 
     def _resplit(self, source: Source) -> Source:
         """Training texts cut in other ways too, if that is asked for."""
         if not self.bpe_dropout:
             return source
-        merges = self.tokenizer.merges()
-        assert merges is not None  # `prepare` has checked
-        assert isinstance(self.objective, ReadsWholeTexts)
+        assert isinstance(self.objective, ReadsWholeTexts)  # the job has checked
         lost = partial(self.objective.lost, block_size=self.block_size, family=self.family)
-        return Resplit(source, merges, self.tokenizer.token_bytes, self.bpe_dropout, self.seed, lost)
+        return Resplit(source, self._merges(), self.tokenizer.token_bytes, self.bpe_dropout, self.seed, lost)
+
+    def _merges(self) -> np.ndarray:
+        merges = self.tokenizer.merges()
+        return np.empty((0, 3), dtype=np.int64) if merges is None else merges
 
     def _evaluation_source(self, number: int, split: str, max_blocks: int | None) -> SizedSource:
         if is_labelled(self.corpus):
@@ -386,7 +390,7 @@ class TextData(LightningDataModule):
 
     def _tagged(self, source: Any, number: int) -> Any:
         """A source of one language with its tags; pairs have theirs, and a corpus without parts needs none."""
-        if isinstance(source, (Pairs, Resplit)) or not is_parted(self.corpus):
+        if isinstance(source, Pairs) or not is_parted(self.corpus):
             return source
         language = self.corpus.languages.index(self.parts[number].languages[0])  # type: ignore[attr-defined]
         return Tagged(source, number, language)
@@ -423,16 +427,6 @@ class TextData(LightningDataModule):
                 f"The {split} split{of} holds {n} tokens, a block of data.block_size={self.block_size} needs "
                 f"{self.sample_length}; give the corpus more text, or set data.block_size={max(2, n // 2)} or less."
             )
-
-    def _check_resplit(self) -> None:
-        """That there are merges to drop, and whole texts, which may become longer."""
-        reason = ""
-        if not isinstance(self.objective, ReadsWholeTexts):
-            reason = "an objective of whole texts (translation, summarization, classification); this one reads blocks"
-        elif self.tokenizer.merges() is None:
-            reason = "a tokenizer of merges (tokenizer=bpe, or a pretrained one of that kind); this one has none"
-        if reason:
-            raise UserError(f"data.bpe_dropout={self.bpe_dropout} needs {reason}. Set data.bpe_dropout=0.")
 
     def _rank(self) -> tuple[int, int]:
         """(rank, world size) among those that share out the batch, 0 of 1 without a trainer."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lmexp.contracts import UserError
+from lmexp.contracts import ReadsWholeTexts, UserError
 from lmexp.data.labelled import is_labelled
 from lmexp.data.parted import is_parted
 from lmexp.decoding.generate import Sampling
@@ -220,6 +220,11 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
     if data.document_mask and not objective.reads_documents:
         raise UserError(
             f"data.document_mask=true: objective {name} does not keep the documents of a block apart; set it to false."
+        )
+    if data.bpe_dropout and not isinstance(objective, ReadsWholeTexts):
+        raise UserError(
+            f"data.bpe_dropout={data.bpe_dropout}: objective {name} does not read each text whole, as those of "
+            "translation, summarization and classification do; set it to 0."
         )
     if isinstance(objective, Classification):
         objective.most(data.block_size)

@@ -250,10 +250,11 @@ class Ranks:
         if not code:
             return Outcome(0, told["metric"])
         # those that ended after the first had failed were brought down by it, or by this process
-        first = [c for c in self._first_codes if c]
-        killed = [f"{rank} by signal {-c}" for rank, c in enumerate(self._first_codes) if c is not None and c < 0]
-        if len(killed) != len(first) and -signal.SIGKILL not in first:
-            killed = []  # one failed by itself, and its end may have aborted the others
+        first = {rank: c for rank, c in enumerate(self._first_codes) if c}
+        # nothing but the outside kills so: what failed by then, or was aborted, had lost its peer
+        first = {rank: c for rank, c in first.items() if c == -signal.SIGKILL} or first
+        killed = [f"{rank} by signal {-c}" for rank, c in first.items() if c < 0]
+        killed = killed if len(killed) == len(first) else []
         said = str(told.get("said", ""))
         if killed and code == 1:
             said = f"a process was ended from outside (rank {', '.join(killed)})."

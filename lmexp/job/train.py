@@ -272,7 +272,7 @@ def cut_lines(data: TextData) -> list[str]:
 
 def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
     """Raise `UserError` if a resumed run would compute something else than it did before."""
-    old, new = {**ADDED, **_flat(before)}, _flat(OmegaConf.to_container(cfg))
+    old, new = ({**ADDED, **_flat(node)} for node in (before, OmegaConf.to_container(cfg)))
     scored = cfg.callback.get("answers") is not None  # then decoding decides what is best
     may_change = [free for free in MAY_CHANGE if not (scored and free == "decoding")]
     changed = [

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmexp.contracts import Sample, UserError
+from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.parallel_files import ParallelFiles
 from lmexp.data.resplit import Resplit
 from lmexp.data.text import TextData
-from lmexp.objective.causal_lm import CausalLM
 from lmexp.objective.classification import Classification
 from lmexp.objective.text_to_text import TextToText
 from lmexp.tokenizer.bpe import BPE
+from lmexp.tokenizer.byte import Byte
 from lmexp.tokenizer.unigram import Unigram
 
 WORDS = ["lower", "lowest", "newer", "newest", "wider", "widest", "banana", "the", "then", "there", "mississippi"]
@@ -124,16 +125,20 @@ def corpus(tmp_path):
 
 
 class Labelled:
-    """Texts of two classes."""
+    """Texts of two classes, or pairs of texts."""
 
-    streaming, multilabel, n_texts, labels, splits = False, False, 1, ("a", "b"), ("train", "validation")
+    streaming, multilabel, labels, splits = False, False, ("a", "b"), ("train", "validation")
+
+    def __init__(self, n_texts) -> None:
+        self.n_texts = n_texts
 
     def fingerprint(self):
-        return "labelled"
+        return f"labelled {self.n_texts}"
 
     def rows(self, split):
         n = len(TEXTS)
-        return Dataset.from_dict({"text": TEXTS, "label": [i % 2 for i in range(n)], "group": [0] * n})
+        texts = dict(zip(COLUMNS, (TEXTS, TEXTS[::-1])[: self.n_texts], strict=False))
+        return Dataset.from_dict({**texts, "label": [i % 2 for i in range(n)], "group": [0] * n})
 
 
 def make(folder, corpus, objective, dropout=0.2, rank=0, world_size=1, workers=0, tokenizer=None, family=None):
@@ -173,20 +178,70 @@ def test_the_same_on_two_ranks_after_a_restart_and_by_workers(tmp_path, corpus) 
     assert read(again, 2) == batches[2:]
 
 
-def test_labelled_texts(tmp_path) -> None:
-    with_it, without = (
-        make(tmp_path, Labelled(), Classification(), dropout, family="encoder") for dropout in (0.2, 0.0)
-    )
+@pytest.mark.parametrize("n_texts", [1, 2])
+def test_labelled_texts(tmp_path, n_texts) -> None:
+    corpus = Labelled(n_texts)
+    with_it, without = (make(tmp_path, corpus, Classification(), dropout, family="encoder") for dropout in (0.05, 0.0))
+    tokenizer = with_it.tokenizer
     pairs = list(zip(*(d._train_source().samples(range(40)) for d in (with_it, without)), strict=True))
-    assert all(with_it.tokenizer.decode(a.tokens) == with_it.tokenizer.decode(b.tokens) for a, b in pairs)
     assert all(a.label == b.label for a, b in pairs)
+    if n_texts == 2:
+        pairs += [(a.pair, b.pair) for a, b in pairs]
+    assert all(tokenizer.decode(a.tokens) == tokenizer.decode(b.tokens) for a, b in pairs)
     assert any(len(a.tokens) > len(b.tokens) for a, b in pairs)
+    with_it.max_samples = 5
+    first, again = (with_it._train_source().samples(range(at, at + 5)) for at in (0, 5))
+    assert [s.tokens.tolist() for s in again] == [s.tokens.tolist() for s in first]
 
 
-def test_mistakes(tmp_path, corpus) -> None:
-    with pytest.raises(UserError, match=r"data\.bpe_dropout=1\.0; expected a probability"):
-        make(tmp_path, corpus, TextToText(), dropout=1.0)
-    with pytest.raises(UserError, match=r"data\.bpe_dropout=0\.2 needs a tokenizer of merges"):
-        make(tmp_path, corpus, TextToText(), tokenizer=Unigram(100))
-    with pytest.raises(UserError, match=r"data\.bpe_dropout=0\.2 needs an objective of whole texts"):
-        make(tmp_path, Labelled(), CausalLM(), family="decoder")
+def test_two_texts_that_do_not_fit_together_stay() -> None:
+    (tokens,) = TOKENIZER.encode([TEXTS[0]])
+    source = resplit(Source(tokens, tokens), 0.1)
+    totals = [len(s.tokens) + len(s.pair.tokens) for s in source.samples(range(50))]
+    room = int(np.median(totals))
+    source.lost = lambda n: np.maximum(n.sum(1, keepdims=True) - room, 0)  # of both together
+    fitted = [len(s.tokens) + len(s.pair.tokens) for s in source.samples(range(50))]
+    assert fitted == [total if total <= room else 2 * len(tokens) for total in totals]
+
+
+def test_parts_with_the_same_source_cut_it_differently(tmp_path) -> None:
+    for name in ("en", "de", "fr"):
+        (tmp_path / f"train.{name}").write_text("\n".join(TEXTS), encoding="utf-8")
+    source = {name: str(tmp_path / f"train.{name}") for name in ("en", "de", "fr")}
+    corpus = ParallelFiles(train=source, validation=source, cache_dir=str(tmp_path / "cache"))
+    data = make(tmp_path, corpus, TextToText())
+    cuts = {}
+    for sample in data._train_source().samples(range(400)):
+        cuts.setdefault((sample.part, data.tokenizer.decode(sample.tokens)), sample.tokens.tolist())
+    both = [(cuts[0, text], cuts[1, text]) for part, text in cuts if part == 0 and (1, text) in cuts]
+    assert len(both) > 20
+    assert sum(a != b for a, b in both) > len(both) / 2
+
+
+def test_a_vocabulary_without_merges_is_an_error(tmp_path, corpus) -> None:
+    for tokenizer in (Unigram(100), Byte()):
+        with pytest.raises(UserError, match=r"data\.bpe_dropout=0\.2 needs a tokenizer of merges"):
+            make(tmp_path, corpus, TextToText(), tokenizer=tokenizer)
+
+
+def test_every_way_to_a_token_may_be_listed() -> None:
+    """As vocabularies made for `tiktoken` do: each merge at its result's rank, whatever its halves' ranks are."""
+    a, b, c, d, ab, cd, bcd, abcd, bc = range(9)
+    merges = np.array([(a, bcd, abcd), (ab, cd, abcd), (a, b, ab), (b, cd, bcd), (c, d, cd), (b, c, bc)])
+    source = SimpleNamespace(samples=lambda indices: [Sample(np.array([abcd]), np.array([4.0]), i) for i in indices])
+    cut = Resplit(source, merges, np.array([1, 1, 1, 1, 2, 2, 3, 4, 2]), 0.5, 1, np.zeros_like)
+    whole = sum(s.tokens.tolist() == [abcd] for s in cut.samples(range(20_000)))
+    ranks = {(first, second): (rank, result) for rank, (first, second, result) in enumerate(merges.tolist())}
+    assert abs(whole / 20_000 - _whole((a, b, c, d), ranks, 0.5)) < 0.02
+
+
+def _whole(symbols, ranks, dropout):
+    """The probability that all symbols become one."""
+    if len(symbols) == 1:
+        return 1.0
+    possible = [(*ranks[pair], place) for place, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
+    chance = 0.0
+    for left_out, (_, result, place) in enumerate(sorted(possible)):  # the first of those that are not left out
+        merged = (*symbols[:place], result, *symbols[place + 2 :])
+        chance += dropout**left_out * (1 - dropout) * _whole(merged, ranks, dropout)
+    return chance

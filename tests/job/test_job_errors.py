@@ -94,6 +94,9 @@ def test_all_misfits_are_told_at_once() -> None:
         (["callback.tracking=null"], 1, ["callback.tracking is missing"]),
         (["callback.samples.prompts=hello"], 1, ["callback.samples.prompts=hello", "list"]),
         (["data.block_size=64", "model.max_length=32"], 1, ["data.block_size=64 is more than model.max_length=32"]),
+        (["data.bpe_dropout=1"], 1, ["data.bpe_dropout=1;", "below 1"]),
+        (["data.bpe_dropout=null"], 1, ["data.bpe_dropout=None"]),
+        (["data.bpe_dropout=0.1"], 1, ["data.bpe_dropout=0.1: objective CausalLM does not read each text whole"]),
         (["data.block_size=16.5"], 1, ["data.block_size=16.5"]),
         (["data.corpus.validation_fraction=0"], 1, ["no validation split", "data.corpus.validation"]),
         (["model.n_layers=2.5"], 1, ["model cannot be made", "n_layers=2.5"]),
@@ -174,6 +177,7 @@ def test_a_run_of_before_a_key_was_added_goes_on(tmp_path: Path) -> None:
     assert isinstance(before, dict)
     del before["data"]["bpe_dropout"]
     refuse_changes(now, before)
+    refuse_changes(OmegaConf.create(before), before)
     with pytest.raises(UserError, match=r"data\.bpe_dropout: was 0\.0, now 0\.1"):
         refuse_changes(plan(*TINY, corpus(tmp_path), "data.bpe_dropout=0.1").config, before)
 

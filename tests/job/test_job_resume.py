@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -119,6 +120,15 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, devices: int, numb
     compare(tmp_path / "whole", parts)
 
 
+def threads_of(pid: int) -> list[str]:
+    """The states of a process's threads; a zombie alone once it has ended."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            found.append(thread.read_text().rpartition(")")[2].split()[0])
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "seen_late"), [(0, False), (1, False), (0, True), (1, True)])
 def test_a_rank_that_dies_brings_the_others_down(tmp_path: Path, rank: int, seen_late: bool) -> None:
@@ -135,8 +145,7 @@ def test_a_rank_that_dies_brings_the_others_down(tmp_path: Path, rank: int, seen
         process.send_signal(signal.SIGSTOP)
     os.kill(ranks[rank], signal.SIGKILL)
     if seen_late:
-        other = Path(f"/proc/{ranks[1 - rank]}")
-        while [s.read_text().rpartition(")")[2].split()[0] for s in other.glob("task/*/stat")] != ["Z"]:
+        while threads_of(ranks[1 - rank]) != ["Z"]:
             time.sleep(0.01)
         process.send_signal(signal.SIGCONT)
     _, said = process.communicate(timeout=60)  # the process group itself would wait for half an hour
