@@ -50,12 +50,14 @@ class Progress(RunCallback):
             return
         if trainer.is_global_zero and time.monotonic() - self._noted >= 0.5:
             self._note(step)
+        end = getattr(pl_module, "planned_steps", None) or self.session.max_steps  # as far as `max_time` will let it
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, told=self._told(step), description="training")
+            told = self._told(step, end)
+            self._bar.update(self._task, completed=step, total=end, told=told, description="training")
             self._bar.refresh()
         elif time.monotonic() - self._last_line >= self.lines_every:
             self._last_line = time.monotonic()
-            self.session.terminal.print(f"step {step}/{self.session.max_steps}  {self._told(step)}")
+            self.session.terminal.print(f"step {step}/{end}  {self._told(step, end)}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:
@@ -102,9 +104,9 @@ class Progress(RunCallback):
         except OSError:
             pass
 
-    def _told(self, step: int) -> str:
+    def _told(self, step: int, end: int) -> str:
         metrics = self.session.metrics
         done = step - self._first
-        left = (time.monotonic() - self._begun) / max(1, done) * (self.session.max_steps - step)
+        left = (time.monotonic() - self._begun) / max(1, done) * (end - step)
         speed = metrics.get("speed/tokens_per_second", 0.0)
         return f"loss {metrics.get('train/loss', float('nan')):.3f}  {speed:,.0f} tokens/s  {clock(left)} left"

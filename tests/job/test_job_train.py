@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -263,10 +264,13 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path, capsys: pytest.Ca
     assert (finished / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_max_time_ends_a_run_as_done(tmp_path: Path) -> None:
+def test_max_time_ends_a_run_as_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={out}"]
-    train(plan(*args, "max_time=2s", "max_steps=1000000", "validate_every=1000000"))
+    train(plan(*args, "max_time=4s", "max_steps=1000000", "validate_every=1000000", "callback.progress.lines_every=1"))
+    shown = re.findall(r"step (\d+)/(\d+) .* (\d+):(\d+) left", capsys.readouterr().out)
+    assert shown
+    assert all(int(step) < int(end) < 1000000 and 60 * int(m) + int(s) <= 4 for step, end, m, s in shown)
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 < metrics["steps"] < 1000000
     assert "val/loss" in metrics
