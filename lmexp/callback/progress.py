@@ -108,5 +108,7 @@ class Progress(RunCallback):
         metrics = self.session.metrics
         done = step - self._first
         left = (time.monotonic() - self._begun) / max(1, done) * (end - step)
+        if self.session.max_seconds is not None:  # the first steps are slow, and are no pace to tell the rest by
+            left = min(left, max(0.0, self.session.max_seconds - self.session.seconds))
         speed = metrics.get("speed/tokens_per_second", 0.0)
         return f"loss {metrics.get('train/loss', float('nan')):.3f}  {speed:,.0f} tokens/s  {clock(left)} left"

@@ -137,7 +137,7 @@ class Labelled:
 
     def rows(self, split):
         n = len(TEXTS)
-        texts = dict(zip(COLUMNS, (TEXTS, TEXTS[::-1])[: self.n_texts], strict=False))
+        texts = dict(zip(COLUMNS[: self.n_texts], (TEXTS, TEXTS[::-1])[: self.n_texts], strict=True))
         return Dataset.from_dict({**texts, "label": [i % 2 for i in range(n)], "group": [0] * n})
 
 
