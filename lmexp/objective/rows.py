@@ -41,17 +41,21 @@ class Piece:
     """Further inputs, (n,) int64 each; every piece of a batch has the same."""
 
 
-def first_fit(lengths: Sequence[int] | Sequence[tuple[int, int]], length: int) -> list[list[int]]:
+def first_fit(
+    lengths: Sequence[int] | Sequence[tuple[int, int]], length: int, target_length: int | None = None
+) -> list[list[int]]:
     """Which of the texts go into each row: every one into the first row with room, in order; empty ones nowhere.
 
-    Texts of two lengths have a source and a target, for which a row has room each.
+    Texts of two lengths have a source and a target, for which a row has room each: `length` and `target_length`, which
+    is `length` unless given.
     """
     if not lengths:
         return []
     sizes = np.array(lengths, dtype=np.int64).reshape(len(lengths), -1)  # (texts, 1 or 2)
-    assert sizes.max() <= length
+    whole = np.array([length, length if target_length is None else target_length])[: sizes.shape[1]]
+    assert (sizes <= whole).all()
     rows: list[list[int]] = []
-    room = np.full(sizes.shape, length)  # of each row; there are at most as many rows as texts
+    room = np.tile(whole, (len(sizes), 1))  # of each row; there are at most as many rows as texts
     for number, size in enumerate(sizes):
         if not size.any():
             continue

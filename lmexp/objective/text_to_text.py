@@ -91,7 +91,9 @@ class _Collate:
     def __call__(self, samples: Sequence[Sample], block_size: int, seed: int) -> Batch:
         pairs = [self._pair(sample, block_size) for sample in samples if sample.pair is not None]
         if self.family == "encoder_decoder":
-            rows = first_fit([(len(pair.source), len(pair.target)) for pair in pairs], block_size)
+            # a row has room for one longest target: with more, the decoder's side would be mostly padding
+            most = self.settings.lengths(block_size, self.family)[1]
+            rows = first_fit([(len(pair.source), len(pair.target)) for pair in pairs], block_size, most)
             return paired_batch([[pairs[i] for i in row] for row in rows], block_size, self.start_id)
         pieces = [_piece(pair, self.settings.score_source) for pair in pairs]
         rows = first_fit([len(piece.tokens) for piece in pieces], block_size)

@@ -302,6 +302,7 @@ def test_first_fit_keeps_order_and_wastes_little() -> None:
     assert first_fit([5, 4, 3, 0, 2, 6], 8) == [[0, 2], [1, 4], [5]]
     assert first_fit([], 8) == []
     assert first_fit([(5, 1), (3, 8), (3, 7), (0, 0)], 8) == [[0, 2], [1]], "both lengths must fit"
+    assert first_fit([(5, 1), (3, 3), (3, 2), (8, 4)], 8, 4) == [[0, 1], [2], [3]], "targets have less room"
     lengths = np.random.default_rng(0).integers(10, 60, size=400).tolist()
     rows = first_fit(lengths, 128)
     assert sorted(i for row in rows for i in row) == list(range(400))

@@ -85,6 +85,15 @@ def test_long_texts_are_cut() -> None:
     assert TextToText().lengths(BLOCK, "encoder_decoder") == (BLOCK, BLOCK)
 
 
+def test_rows_have_room_for_one_longest_target() -> None:
+    """Else a row of several short sources would make the decoder's side of all rows as long as its targets together."""
+    tokens = tokenizer()
+    samples = [sample(tokens, i, "s", "t" * n) for i, n in enumerate((4, 3, 2, 1, 5, 1))]
+    batch = TextToText(max_target=7).collate(tokens, "encoder_decoder")(samples, BLOCK, 0)
+    assert (batch["labels"] != IGNORE_INDEX).sum(1).tolist() == [7, 7, 6, 2], "4 + 1 and 1 + 1 with their ends, ..."
+    assert (TextToText().collate(tokens, "encoder_decoder")(samples, BLOCK, 0)["labels"] != IGNORE_INDEX).sum() == 22
+
+
 def test_the_decoder_begins_with_the_models_token() -> None:
     tokens = tokenizer()
     samples = [sample(tokens, i, *p) for i, p in enumerate(PAIRS)]
