@@ -90,7 +90,7 @@ def test_rows_have_room_for_one_longest_target() -> None:
     tokens = tokenizer()
     samples = [sample(tokens, i, "s", "t" * n) for i, n in enumerate((4, 3, 2, 1, 5, 1))]
     batch = TextToText(max_target=7).collate(tokens, "encoder_decoder")(samples, BLOCK, 0)
-    assert (batch["labels"] != IGNORE_INDEX).sum(1).tolist() == [7, 7, 6, 2], "4 + 1 and 1 + 1 with their ends, ..."
+    assert (batch["labels"] != IGNORE_INDEX).sum(1).tolist() == [7, 7, 6, 2], "of 5, 4, 3, 2, 6 and 2 with their ends"
     assert (TextToText().collate(tokens, "encoder_decoder")(samples, BLOCK, 0)["labels"] != IGNORE_INDEX).sum() == 22
 
 
