@@ -34,9 +34,10 @@ ADVICE = "Start again with a lower learning rate, a longer warm-up (schedule.war
 class Rollback(Exception):
     """The run is to go on from its last checkpoint, with the samples from `next_sample` on."""
 
-    def __init__(self, step: int, next_sample: int, why: str) -> None:
+    def __init__(self, step: int, next_sample: int, why: str, times: int = 1) -> None:
+        """`times`: how often the run, over all of its processes, has gone back with this one."""
         super().__init__(why)
-        self.step, self.next_sample, self.why = step, next_sample, why
+        self.step, self.next_sample, self.why, self.times = step, next_sample, why, times
 
 
 class Guard(RunCallback):
@@ -99,7 +100,8 @@ class Guard(RunCallback):
         last = first + self.session.batch_size - 1
         told = f"at step {step + 1} (samples {first} to {last}): {why}"
         if self.policy == "rollback" and self.rolled_back < self.most:
-            raise Rollback(step, last + 1, told)
+            times = int(self.session.metrics.get("guard/rolled_back", 0)) + 1
+            raise Rollback(step, last + 1, told, times)
         self.in_a_row += 1
         if self.policy == "skip" and self.in_a_row <= self.most:
             self.skipped += 1

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ class Ranks:
         command = [sys.executable, "-m", "lmexp.job.launch", str(plan_file), str(self._result_file)]
         self._ends = os.pipe()
         self._shown = None if output is None else output.open("ab")
-        self._signals: list[int] = []
+        self.signals: list[int] = []
+        """Those that `wait` has handed on."""
         self._failed_at: float | None = None
         self._first_codes: list[int | None] = []
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -223,7 +225,7 @@ class Ranks:
         numbers = SIGNALS if in_main else ()
 
         def handle(number: int, frame: Any) -> None:
-            self._signals.append(number)
+            self.signals.append(number)
             self.send(number)
 
         old = {number: signal.signal(number, handle) for number in numbers}
@@ -237,7 +239,7 @@ class Ranks:
 
     def tell_of_signal(self) -> None:
         """Tell whoever listens in this process of the signals that `wait` handed on."""
-        for number in dict.fromkeys(self._signals):
+        for number in dict.fromkeys(self.signals):
             listener = signal.getsignal(number)
             if callable(listener) and listener is not signal.default_int_handler:
                 listener(number, None)
@@ -246,9 +248,9 @@ class Ranks:
         """How they ended; says what none of them could."""
         codes = [process.returncode for process in self.processes]
         code = _code_of(codes)
-        told = json.loads(self._result_file.read_text()) if self._result_file.exists() else {}
+        told = self._told()
         if not code:
-            return Outcome(0, told["metric"])
+            return Outcome(0, told.get("metric"))
         # those that ended after the first had failed were brought down by it, or by this process
         first = {rank: c for rank, c in enumerate(self._first_codes) if c}
         # nothing but the outside kills so: what failed by then, or was aborted, had lost its peer
@@ -266,6 +268,14 @@ class Ranks:
             said = said or "".join(others[:1])
         kind = told.get("kind") or {USER_ERROR: "mistake", INTERRUPTED: "interrupted"}.get(code, "crash")
         return Outcome(code, kind=kind, said=said or f"exit code {code}")
+
+    def _told(self) -> dict[str, Any]:
+        """What the first process wrote at its end; nothing, if it was killed while it did or the disk was full."""
+        try:
+            told: dict[str, Any] = json.loads(self._result_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return told
 
     def _say(self, text: str) -> None:
         if self._shown is not None:
@@ -349,7 +359,8 @@ def main(plan_file: str, result_file: str) -> None:
                 raise
             finally:
                 if os.environ.get("RANK", "0") == "0":
-                    Path(result_file).write_text(json.dumps(told), encoding="utf-8")
+                    with suppress(OSError):  # a full disk: the run's own files say how it ended
+                        Path(result_file).write_text(json.dumps(told), encoding="utf-8")
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:

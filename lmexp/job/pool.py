@@ -163,7 +163,17 @@ class Pool:
         slot = free.pop(0)
         entry.status, entry.said, entry.attempts = "running", "", entry.attempts + 1
         self.ledger.write(entry)
-        ranks = Ranks(job.plan, device_count(job.plan), slot.environment, self.ledger.console(entry.key))
+        try:
+            ranks = Ranks(job.plan, device_count(job.plan), slot.environment, self.ledger.console(entry.key))
+        except OSError as error:  # no room for its plan, no process to be had
+            entry.status, entry.said = "failed", f"it could not be started: {error}"
+            self.ledger.write(entry)
+            stack.close()
+            free.append(slot)
+            self._closing |= self.stops
+            self.board.say(entry)
+            ended(entry)
+            return
         stack.callback(ranks.close)
         for process in ranks.processes if slot.cores and hasattr(os, "sched_setaffinity") else ():
             os.sched_setaffinity(process.pid, slot.cores)  # before it has made threads

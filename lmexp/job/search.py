@@ -228,7 +228,7 @@ class Search:
             trials = self._trials()
             number = len(trials)
             if self.settings.method == "grid":
-                tried = [self._values(t.params) for t in trials if t.state.name != "FAIL"]
+                tried = [self._values(t.params) for t in trials]  # one that failed is over, too
                 left = [values for values in self._grid if values not in tried]
                 if not left:
                     return None

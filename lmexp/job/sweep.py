@@ -19,10 +19,12 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lmexp.contracts import Interrupted, UserError
 from lmexp.job.errors import USER_ERROR, ChildFailed
@@ -30,7 +32,7 @@ from lmexp.job.launch import Ranks, device_count
 from lmexp.job.plan import ADDED, Plan, choices_of, slug
 from lmexp.job.pool import Board, Job, Pool, name_of, record, retries_of, slots_for
 from lmexp.job.search import Interval, Search, Space, SweepSettings, check_space, settings_of
-from lmexp.run.directory import write_atomically
+from lmexp.run.directory import write_atomically, write_json
 from lmexp.run.ledger import ENDED_WELL, Entry, Ledger, key_of
 
 HOW = ("trainer", "logger", "log_every", "callback.progress")
@@ -55,7 +57,7 @@ def run_job(plan: Plan) -> float:
         start = time.monotonic()
         with Ranks(plan, device_count(plan), output=ledger.console(entry.key)) as ranks:
             outcome = ranks.wait()
-        record(entry, outcome, time.monotonic() - start)
+        record(entry, outcome, time.monotonic() - start, bool(ranks.signals))
         ledger.write(entry)
     if entry.status == "stopped":
         ranks.tell_of_signal()  # Submitit asks SLURM to start the job again
@@ -104,6 +106,14 @@ class Jobs:
         if self.trains(plain):
             cfg.paths.run_dir, cfg.resume = entry.run_dir, "auto"
         return Job(entry, Plan.of(cfg, choices, list(overrides), True))
+
+    def refused(self, overrides: Sequence[str], point: dict[str, str], trial: int, why: str) -> Entry:
+        """The entry, kept in the ledger, of a trial that no job can be made of."""
+        key = key_of({"refused": point, "trial": trial})
+        entry = Entry(key, list(overrides), point, self.config.seed, "", trial=trial)
+        entry.status, entry.said, entry.code = "failed", " ".join(why.split())[:500], USER_ERROR
+        self.ledger.write(entry)
+        return entry
 
     @staticmethod
     def trains(config: dict[str, Any]) -> bool:
@@ -176,7 +186,6 @@ class LmexpSweeper(Sweeper):
         ledger = Ledger(self.config.hydra.sweep.dir)
         jobs = Jobs(self.context, self.config, ledger)
         seeds = seeds_of(self.config, space)
-        self.ours: set[str] | None = None  # the jobs of this call; None: all
         searching = settings.method != "grid" or settings.pruner is not None
         if searching and len(seeds or ()) > 1:
             raise UserError(
@@ -192,7 +201,7 @@ class LmexpSweeper(Sweeper):
                 ended = self._grid(settings, fixed, space, ledger, jobs)
         finally:
             if ledger.exists():
-                report(ledger, settings, self.ours)
+                report(ledger, settings)
         bad = ("failed", "diverged", "killed", *(() if isinstance(self.launcher, LmexpLauncher) else ("running",)))
         wrong = [entry for entry in ended if entry.status in bad]
         if wrong:
@@ -214,8 +223,7 @@ class LmexpSweeper(Sweeper):
         sample = max((job.plan for job in made), key=device_count)
         if isinstance(self.launcher, LmexpLauncher):
             slots_for(sample, settings.slots, left)  # errors before anything is begun
-        self._begin(ledger, settings, fixed, [f"{k}={','.join(v)}" for k, v in listed.items()])
-        self.ours = set(by_key)
+        self._begin(ledger, settings, fixed, [f"{k}={','.join(v)}" for k, v in listed.items()], set(by_key))
         for job in by_key.values():
             if ledger.read(job.entry.key) is None or job.entry.status == "waiting":
                 ledger.write(job.entry)
@@ -232,6 +240,9 @@ class LmexpSweeper(Sweeper):
     ) -> list[Entry]:
         sample = {k: v[0] if not isinstance(v, Interval) else v.text(v.low) for k, v in space.items()}
         first = jobs.make([*fixed, *(f"{k}={v}" for k, v in sample.items())], sample)  # errors before anything is begun
+        for key, values in space.items():  # a value that fits nowhere, too
+            for value in () if isinstance(values, Interval) else values[1:]:
+                jobs.make([*fixed, *(f"{k}={v}" for k, v in (sample | {key: value}).items())], sample | {key: value})
         if isinstance(self.launcher, LmexpLauncher):
             slots = len(slots_for(first.plan, settings.slots, settings.trials))
         elif settings.slots == "auto":
@@ -260,7 +271,15 @@ class LmexpSweeper(Sweeper):
                 if drawn is None:
                     return None
                 number, values = drawn
-                job = jobs.make([*fixed, *(f"{k}={v}" for k, v in values.items())], values, number)
+                overrides = [*fixed, *(f"{k}={v}" for k, v in values.items())]
+                try:
+                    job = jobs.make(overrides, values, number)
+                except (UserError, HydraException, OmegaConfBaseException) as error:  # values that do not fit together
+                    entry = jobs.refused(overrides, values, number, str(error))
+                    known[number] = entry
+                    board.say(entry)
+                    ended(entry)
+                    continue
                 entry = job.entry
                 if entry.trial != number:  # the same values as an earlier trial's: its result is known, or on its way
                     found = [entry.metrics.get(name) for name in settings.monitors]
@@ -363,8 +382,15 @@ class LmexpSweeper(Sweeper):
                 fixed[key] = f"{key}={override.get_value_element_as_str()}"
         return list(fixed.values()), space
 
-    def _begin(self, ledger: Ledger, settings: SweepSettings, fixed: list[str], varied: list[str]) -> None:
-        """Keep what the sweep is asked for, for reports and for later calls."""
+    def _begin(
+        self,
+        ledger: Ledger,
+        settings: SweepSettings,
+        fixed: list[str],
+        varied: list[str],
+        keys: set[str] | None = None,
+    ) -> None:
+        """Keep what the sweep is asked for, for reports and for later calls; `keys`: of its jobs, None: all."""
         ledger.sweep_dir.mkdir(parents=True, exist_ok=True)
         asked = {
             "method": settings.method,
@@ -373,6 +399,10 @@ class LmexpSweeper(Sweeper):
             "overrides": [*fixed, *varied],
         }
         write_atomically(ledger.sweep_dir / "sweep.yaml", OmegaConf.to_yaml(OmegaConf.create(asked)))
+        if keys is None:
+            (ledger.sweep_dir / "jobs.json").unlink(missing_ok=True)
+        else:
+            write_json(ledger.sweep_dir / "jobs.json", {"keys": sorted(keys)})
 
 
 def seeds_of(config: DictConfig, space: Space) -> list[int] | None:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from rich.table import Table
 from lmexp.contracts import UserError
 from lmexp.job.plan import Plan
 from lmexp.job.search import SweepSettings, front
-from lmexp.run.directory import write_atomically, write_json
+from lmexp.run.directory import write_atomically
 from lmexp.run.ledger import Entry, Ledger
 
 if TYPE_CHECKING:
@@ -73,13 +73,18 @@ def groups_of(entries: Sequence[Entry], monitor: str, mode: str) -> list[Group]:
     groups = [
         Group(
             dict(point),
-            {e.seed: e.metrics[monitor] for e in of if e.status == "done" and monitor in e.metrics},
+            {e.seed: e.metrics[monitor] for e in of if _has(e, [monitor])},
             of,
         )
         for point, of in found.items()
     ]
     sign = 1 if mode == "min" else -1
     return sorted(groups, key=lambda g: (not g.values, sign * g.mean if g.values else 0.0))
+
+
+def _has(entry: Entry, monitors: Sequence[str]) -> bool:
+    """Whether a job is done and has these numbers; nan is none."""
+    return entry.status == "done" and not any(math.isnan(entry.metrics.get(name, math.nan)) for name in monitors)
 
 
 def compared(a: Group, b: Group) -> tuple[float, float, int]:
@@ -111,10 +116,8 @@ def sweep_report(plan: Plan) -> float:
     return groups[0].mean if groups else math.nan
 
 
-def report(ledger: Ledger, settings: SweepSettings, keys: Collection[str] | None) -> None:
-    """Report on the jobs of these keys (None: all) of a sweep; kept for `job=sweep_report`."""
-    if keys is not None:
-        write_json(ledger.sweep_dir / "jobs.json", {"keys": sorted(keys)})
+def report(ledger: Ledger, settings: SweepSettings) -> None:
+    """Report on the jobs that a sweep was last asked for."""
     report_on(ledger, settings.monitors, settings.modes)
 
 
@@ -136,7 +139,7 @@ def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> 
     if len({e.seed for e in entries}) > 1:
         write_atomically(ledger.sweep_dir / "means.csv", _csv_of_means(groups, monitors))
         tables_kept += ", means.csv"
-    done = [e for e in entries if e.status == "done" and all(m in e.metrics for m in monitors)]
+    done = [e for e in entries if _has(e, monitors)]
     pictures = ""
     if len(done) > 1:
         _to_tensorboard(ledger, parallel_coordinates(done, monitors), groups, monitors[0])

@@ -89,7 +89,7 @@ def train(plan: Plan) -> float:
             except Rollback as back:
                 terminal.print(f"Going back to the last checkpoint, {back.why}; on with sample {back.next_sample}.")
                 # without its frames, which hold the model; and all ranks after the writer of the last checkpoint
-                backs.append(Rollback(back.step, back.next_sample, back.why))
+                backs.append(Rollback(back.step, back.next_sample, back.why, back.times))
             gc.unfreeze()
             gc.collect()
             if dist.is_initialized():
@@ -162,7 +162,7 @@ def train_in(
         session.steps_before, session.seconds_before = entry["step"], entry["seconds"]
         session.metrics |= entry["metrics"]
     if backs:
-        session.metrics["guard/rolled_back"] = session.metrics.get("guard/rolled_back", 0) + len(backs)
+        session.metrics["guard/rolled_back"] = backs[-1].times
     if rank == 0:
         if goes_on:
             events.keep_until(directory.path, session.steps_before if entry is not None else -1)

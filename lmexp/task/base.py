@@ -177,7 +177,9 @@ class BaseTask(LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         assert self._ring is not None
-        read = torch.as_tensor(tokens_read(batch), dtype=torch.float32, device=self.device)
+        tokens: Any = tokens_read(batch)
+        # a number becomes a tensor where it is needed: copied to a GPU, it would be waited for
+        read = tokens.float() if isinstance(tokens, Tensor) else torch.full((), tokens, device=self.device)
         measured = (total, batch["n_bytes"].sum().float(), read, count.float(), norm)
         self._ring[step % self.log_every] = torch.stack(measured)
 

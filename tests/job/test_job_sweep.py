@@ -24,7 +24,7 @@ from rich.console import Console
 
 from lmexp.contracts import UserError
 from lmexp.job import pool, sweep_report
-from lmexp.job.launch import Outcome
+from lmexp.job.launch import Outcome, Ranks
 from lmexp.job.search import Interval, Search, SweepSettings, front
 from lmexp.run.ledger import Entry, Ledger, key_of
 from tests.runs import ROOT, TINY, command, corpus, plan, run
@@ -342,6 +342,26 @@ def test_a_search_by_evolution(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_values_that_do_not_fit_together_are_a_failed_trial(tmp_path: Path) -> None:
+    """Each fits with the first values of the others, so it is seen only when its turn comes; the others run on."""
+    values = ("schedule=cosine,constant", "optimizer.lr=0.01,${schedule.final}", "sweep.pruner=median")
+    arguments = sweeping(tmp_path, *values, "sweep.slots=2")
+    for _ in range(2):  # and again: there is nothing left to do
+        done = sweep(*arguments)
+        assert "Traceback" not in done.stderr, done.stderr
+        kept = Ledger(tmp_path / "sweep").entries()
+        found = {tuple(value.replace("\\", "") for value in e.point.values()): e for e in kept}  # Hydra's escapes
+        assert {point: e.status for point, e in found.items()} == {
+            ("cosine", "0.01"): "done",
+            ("constant", "0.01"): "done",
+            ("cosine", "${schedule.final}"): "done",
+            ("constant", "${schedule.final}"): "failed",
+        }
+        assert "schedule.final" in found["constant", "${schedule.final}"].said
+        assert [e.attempts for e in found.values() if e.status == "done"] == [1, 1, 1]
+
+
+@pytest.mark.slow
 def test_two_commands_share_a_search(tmp_path: Path) -> None:
     space = "optimizer.lr=tag(log,interval(1e-3,1e-1))"
     args = sweeping(tmp_path, "sweep=tpe", space, "sweep.trials=6", "sweep.slots=1")
@@ -373,6 +393,7 @@ def test_two_commands_share_a_search(tmp_path: Path) -> None:
         (["sweep=tpe", "optimizer.lr=interval(0.1,1)", "seeds=3"], "a trial is one run"),
         (["optimizer.lr=1,2", "sweep.mode=up"], "expected min or max"),
         (["optimizer.lrr=1,2"], "optimizer.lrr"),
+        (["sweep=random", "optimizer.lr=interval(0.1,1)", "schedule=linear,cosin"], "cosin"),
         (["optimizer.lr=1,2", "sweep.pruner=halving"], "needs sweep.pruner_warmup"),
     ],
 )
@@ -470,7 +491,7 @@ def test_a_grid_with_a_pruner_tries_each_point_once(tmp_path: Path) -> None:
     seen = []
     while (drawn := search.next()) is not None:
         seen.append(tuple(drawn[1].values()))
-        search.tell(drawn[0], [1.0])
+        search.tell(drawn[0], None if len(seen) == 2 else [1.0])  # a point that failed is over, too
     assert sorted(seen) == sorted((a, b) for a in "123" for b in "xy")
 
 
@@ -512,6 +533,7 @@ def entry(lr: str, seed: int, loss: float | None, status: Any = "done") -> Entry
 def test_points_and_comparisons_by_hand() -> None:
     found = [entry("0.1", 1, 2.0), entry("0.1", 2, 4.0), entry("0.2", 1, 1.0), entry("0.2", 2, 2.5)]
     found += [entry("0.2", 3, None, "diverged"), entry("0.3", 1, None, "failed")]
+    found += [entry("0.3", 2, math.nan)]
     best, second, none = sweep_report.groups_of(found, "val/loss", "min")
     assert (best.point, best.mean, len(best.values)) == ({"optimizer.lr": "0.2"}, 1.75, 2)
     assert (second.point, second.mean) == ({"optimizer.lr": "0.1"}, 3.0)
@@ -555,6 +577,18 @@ def test_what_an_outcome_is_called(tmp_path: Path, outcome: Outcome, closing: bo
     pool.record(one, outcome, 2.0, closing)
     assert one.status == status
     assert one.seconds == 2.0
+
+
+@pytest.mark.parametrize("content", [None, "", '{"metric": '])
+def test_a_job_whose_last_word_is_lost_takes_nothing_with_it(tmp_path: Path, content: str | None) -> None:
+    """A full disk for temporary files, or a kill while it is written."""
+    ranks = object.__new__(Ranks)
+    ranks._result_file = tmp_path / "result.json"
+    ranks.processes = [subprocess.Popen([sys.executable, "-c", ""])]
+    ranks.processes[0].wait()
+    if content is not None:
+        ranks._result_file.write_text(content)
+    assert ranks.outcome() == Outcome(0, None)
 
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
