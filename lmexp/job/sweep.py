@@ -255,6 +255,7 @@ class LmexpSweeper(Sweeper):
         known: dict[int, Entry] = {e.trial: e for e in ledger.entries() if e.trial is not None}
         again = iter(search.unfinished())
         run: list[Entry] = []  # in this call
+        twins: dict[str, list[int]] = {}  # trials with the values of a job that runs
 
         def ended(entry: Entry) -> None:
             if entry.status in ("stopped", "running"):
@@ -263,7 +264,8 @@ class LmexpSweeper(Sweeper):
             found = [entry.metrics.get(name) for name in settings.monitors]
             values = None if any(v is None for v in found) or entry.status != "done" else cast(list[float], found)
             assert entry.trial is not None
-            search.tell(entry.trial, values, pruned=entry.status == "pruned")
+            for number in (entry.trial, *twins.pop(entry.key, ())):
+                search.tell(number, values, pruned=entry.status == "pruned")
 
         def source() -> Job | None:
             while True:
@@ -281,7 +283,10 @@ class LmexpSweeper(Sweeper):
                     ended(entry)
                     continue
                 entry = job.entry
-                if entry.trial != number:  # the same values as an earlier trial's: its result is known, or on its way
+                if entry.trial != number and entry.status in ("running", "waiting"):
+                    twins.setdefault(entry.key, []).append(number)
+                    continue
+                if entry.trial != number:  # the same values as an earlier trial's: its result is known
                     found = [entry.metrics.get(name) for name in settings.monitors]
                     told = None if any(v is None for v in found) else cast(list[float], found)
                     search.tell(number, told, pruned=entry.status == "pruned")

@@ -25,7 +25,7 @@ from rich.console import Console
 from lmexp.contracts import UserError
 from lmexp.job import pool, sweep_report
 from lmexp.job.launch import Outcome, Ranks
-from lmexp.job.search import Interval, Search, SweepSettings, front
+from lmexp.job.search import Interval, Search, SweepSettings, front, running_trial
 from lmexp.run.ledger import Entry, Ledger, key_of
 from tests.runs import ROOT, TINY, command, corpus, plan, run
 
@@ -339,6 +339,18 @@ def test_a_search_by_evolution(tmp_path: Path) -> None:
     found = Ledger(tmp_path / "sweep").entries()
     assert [(e.trial, e.status) for e in found] == [(0, "done"), (1, "done"), (2, "done")]
     assert len({tuple(e.point.values()) for e in found}) == 3
+
+
+@pytest.mark.slow
+def test_trials_with_the_same_values_share_what_comes_of_them(tmp_path: Path) -> None:
+    """Also if the first still runs when the other is drawn."""
+    space = ("sweep=random", "sweep.trials=5", "sweep.slots=2", "optimizer.lr=0.01,0.02")
+    done = sweep(*sweeping(tmp_path, *space))
+    assert done.returncode == 0, done.stderr
+    assert [e.status for e in Ledger(tmp_path / "sweep").entries()] == ["done", "done"]
+    trials = running_trial(settings(method="random", dir=str(tmp_path / "sweep"), trial=0)).study.trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 5
+    assert len({(t.params["optimizer.lr"], t.value) for t in trials}) == 2
 
 
 @pytest.mark.slow
