@@ -13,7 +13,8 @@ from lmexp.data.order import keys, permute
 from lmexp.data.packing import TokenFile
 
 _ORDER_STREAM = 2  # `BlockOrder` draws from the seed's streams 0 and 1
-_PIECE = 1024  # samples or pairs ordered at once
+_PIECE = 128  # samples or pairs ordered at once: more would make a single one slow, fewer all of them
+_COUNTED = 65536  # samples counted at once
 _LEAST = 3  # samples that the rarest source has in a period
 
 
@@ -70,8 +71,8 @@ class MixtureOrder:
         """(sources,) int64: how many of the first `n_samples` come from each."""
         period, place = divmod(n_samples, self.period)
         counts, first = self._dealt(period), period * self.period
-        for begin in range(0, place, 64 * _PIECE):
-            drawn, _ = self.draws(first + begin, min(64 * _PIECE, place - begin))
+        for begin in range(0, place, _COUNTED):
+            drawn, _ = self.draws(first + begin, min(_COUNTED, place - begin))
             counts += np.bincount(drawn, minlength=len(self.shares))
         return counts
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 _ROUNDS = 8
+_FEW = 16
+"""Items up to which numpy takes longer than Python itself."""
+
+_WORD = (1 << 64) - 1
 
 
 def keys(*seeds: int) -> np.ndarray:
@@ -19,6 +23,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _mix_one(x: int) -> int:
+    """The same of one number."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
 
 
 def permute(items: np.ndarray, n: int, round_keys: np.ndarray) -> np.ndarray:
@@ -34,7 +45,7 @@ def permute(items: np.ndarray, n: int, round_keys: np.ndarray) -> np.ndarray:
     out = items.astype(np.uint64)
     todo = np.arange(out.size)
     flat = out.reshape(-1)
-    while todo.size:
+    while todo.size > _FEW:
         x = flat[todo]
         high, low = x >> low_bits, x & low_mask
         for number, key in enumerate(round_keys):
@@ -45,7 +56,26 @@ def permute(items: np.ndarray, n: int, round_keys: np.ndarray) -> np.ndarray:
         x = high << low_bits | low
         flat[todo] = x
         todo = todo[x >= np.uint64(n)]
+    for place in todo.tolist():
+        flat[place] = _permute_one(int(flat[place]), n, round_keys.tolist())
     return out.astype(np.int64)
+
+
+def _permute_one(x: int, n: int, round_keys: list[int]) -> int:
+    """The same of one item."""
+    bits = max(2, (n - 1).bit_length())
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    while True:
+        high, low = x >> low_bits, x & low_mask
+        for number, key in enumerate(round_keys):
+            if number % 2:
+                low ^= _mix_one((high + key) & _WORD) & low_mask
+            else:
+                high ^= _mix_one((low + key) & _WORD) & high_mask
+        x = high << low_bits | low
+        if x < n:
+            return x
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ def test_permute_is_elementwise_and_takes_huge_n():
     assert ((out >= 0) & (out < n)).all()
     assert (permute(items[::-1].copy(), n, keys(1)) == out[::-1]).all()
     assert (permute(items.reshape(5, 1), n, keys(1)) == out.reshape(5, 1)).all()
+    many = permute(np.arange(n - 500, n), n, keys(2))  # few are computed by Python, many by numpy
+    assert [permute(np.array([n - 500 + i]), n, keys(2))[0] for i in range(500)] == many.tolist()
 
 
 def test_permute_looks_uniform():
