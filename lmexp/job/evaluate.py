@@ -10,11 +10,12 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from lmexp.callback.answers import Answers
 from lmexp.callback.base import Scoring
 from lmexp.contracts import UserError
 from lmexp.data.text import TextData
 from lmexp.job.build import build_node, classes_of
-from lmexp.job.check import check_out
+from lmexp.job.check import check_answers, check_out
 from lmexp.job.in_context import InContext, in_context
 from lmexp.job.plan import Plan
 from lmexp.job.restore import Restored, restore
@@ -56,10 +57,12 @@ def evaluate(plan: Plan) -> float:
     check_out(job.predictions, "job.predictions")
     terminal = Terminal(quiet=rank > 0)
     restored = restore(plan, world_size)
+    scoring = _scoring(restored.cfg)
+    if isinstance(scoring, Answers):
+        check_answers(restored.parts.objective, restored.parts.sampling)
     cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
     data = prepare_data(cfg, restored.parts, terminal, restored.tokenizer)  # type: ignore[arg-type]
     refuse_other_classes(restored, data)
-    scoring = _scoring(restored.cfg)
     if scoring is not None:
         scoring.data, scoring.sampling = data, restored.parts.sampling
     elif job.predictions is not None:

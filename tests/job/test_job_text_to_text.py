@@ -127,6 +127,8 @@ def test_prediction_writes_what_the_evaluation_scored(tmp_path: Path) -> None:
     train(plan(*arguments(tmp_path), f"paths.run_dir={run_dir}", "max_steps=3"))
     common = [f"ckpt={run_dir}", "trainer=cpu"]
     evaluate(plan("job=evaluate", *common, "job.split=test", "job.max_blocks=5", f"job.predictions={told}"))
+    with pytest.raises(UserError, match="draws it by lot; choose decoding=greedy"):
+        evaluate(plan("job=evaluate", *common, "job.split=test", "decoding=sample"))
     rows = [json.loads(line) for line in told.read_text().splitlines()]
     assert [set(row) for row in rows] == [{"place", "source", "reference", "output", "chrF"}] * 5
     asked.write_text("".join(row["source"] + "\n" for row in rows), encoding="utf-8")
