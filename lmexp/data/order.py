@@ -56,8 +56,9 @@ def permute(items: np.ndarray, n: int, round_keys: np.ndarray) -> np.ndarray:
         x = high << low_bits | low
         flat[todo] = x
         todo = todo[x >= np.uint64(n)]
+    few_keys = round_keys.tolist()
     for place in todo.tolist():
-        flat[place] = _permute_one(int(flat[place]), n, round_keys.tolist())
+        flat[place] = _permute_one(int(flat[place]), n, few_keys)
     return out.astype(np.int64)
 
 

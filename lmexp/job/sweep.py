@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,7 +175,7 @@ class LmexpSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run what is left of the sweep; prints the table of all of it."""
-        from lmexp.job.sweep_report import report
+        from lmexp.job.sweep_report import report_on
 
         if "LOCAL_RANK" in os.environ:
             raise UserError("-m with torchrun: each process would run the sweep. Start -m alone; jobs start their own.")
@@ -201,7 +201,7 @@ class LmexpSweeper(Sweeper):
                 ended = self._grid(settings, fixed, space, ledger, jobs)
         finally:
             if ledger.exists():
-                report(ledger, settings)
+                report_on(ledger, settings.monitors, settings.modes)
         bad = ("failed", "diverged", "killed", *(() if isinstance(self.launcher, LmexpLauncher) else ("running",)))
         wrong = [entry for entry in ended if entry.status in bad]
         if wrong:
@@ -217,7 +217,7 @@ class LmexpSweeper(Sweeper):
     def _grid(self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs) -> list[Entry]:
         listed = {key: values for key, values in space.items() if not isinstance(values, Interval)}
         points = [dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())]
-        made = [jobs.make([*fixed, *(f"{k}={v}" for k, v in point.items())], point) for point in points]
+        made = [jobs.make(_with(fixed, point), point) for point in points]
         by_key = {job.entry.key: job for job in made}  # two points may be the same job
         left = sum(job.entry.status not in ENDED_WELL for job in by_key.values())
         sample = max((job.plan for job in made), key=device_count)
@@ -239,10 +239,11 @@ class LmexpSweeper(Sweeper):
         self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs
     ) -> list[Entry]:
         sample = {k: v[0] if not isinstance(v, Interval) else v.text(v.low) for k, v in space.items()}
-        first = jobs.make([*fixed, *(f"{k}={v}" for k, v in sample.items())], sample)  # errors before anything is begun
+        first = jobs.make(_with(fixed, sample), sample)  # errors before anything is begun
         for key, values in space.items():  # a value that fits nowhere, too
             for value in () if isinstance(values, Interval) else values[1:]:
-                jobs.make([*fixed, *(f"{k}={v}" for k, v in (sample | {key: value}).items())], sample | {key: value})
+                point = sample | {key: value}
+                jobs.make(_with(fixed, point), point)
         if isinstance(self.launcher, LmexpLauncher):
             slots = len(slots_for(first.plan, settings.slots, settings.trials))
         elif settings.slots == "auto":
@@ -273,7 +274,7 @@ class LmexpSweeper(Sweeper):
                 if drawn is None:
                     return None
                 number, values = drawn
-                overrides = [*fixed, *(f"{k}={v}" for k, v in values.items())]
+                overrides = _with(fixed, values)
                 try:
                     job = jobs.make(overrides, values, number)
                 except (UserError, HydraException, OmegaConfBaseException) as error:  # values that do not fit together
@@ -440,6 +441,11 @@ def _values_of(override: Override) -> list[str] | Interval:
             )
         return Interval(float(low), float(high), log, whole)
     return list(override.sweep_string_iterator())
+
+
+def _with(fixed: Sequence[str], point: Mapping[str, str]) -> list[str]:
+    """The overrides of the job at a point."""
+    return [*fixed, *(f"{key}={value}" for key, value in point.items())]
 
 
 def _quoted(value: Any) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from lmexp.contracts import UserError
 from lmexp.job.plan import Plan
-from lmexp.job.search import SweepSettings, front
+from lmexp.job.search import front
 from lmexp.run.directory import write_atomically
 from lmexp.run.ledger import Entry, Ledger
 
@@ -114,11 +114,6 @@ def sweep_report(plan: Plan) -> float:
     asked: Any = OmegaConf.load(ledger.sweep_dir / "sweep.yaml")
     groups = report_on(ledger, list(asked.monitor), list(asked.mode))
     return groups[0].mean if groups else math.nan
-
-
-def report(ledger: Ledger, settings: SweepSettings) -> None:
-    """Report on the jobs that a sweep was last asked for."""
-    report_on(ledger, settings.monitors, settings.modes)
 
 
 def report_on(ledger: Ledger, monitors: Sequence[str], modes: Sequence[str]) -> list[Group]:

@@ -177,9 +177,8 @@ class BaseTask(LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         assert self._ring is not None
-        tokens: Any = tokens_read(batch)
-        # a number becomes a tensor where it is needed: copied to a GPU, it would be waited for
-        read = tokens.float() if isinstance(tokens, Tensor) else torch.full((), tokens, device=self.device)
+        # a number is made a tensor on the device: copied to a GPU, it would be waited for
+        read = torch.zeros((), device=self.device) + tokens_read(batch)
         measured = (total, batch["n_bytes"].sum().float(), read, count.float(), norm)
         self._ring[step % self.log_every] = torch.stack(measured)
 
