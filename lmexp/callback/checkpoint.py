@@ -156,7 +156,9 @@ class Checkpoint(RunCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        trainer.datamodule.advance(self.session.batch_size)  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        first, last = data.span
+        data.advance(last + 1 - first)
         limit = self.session.max_seconds
         minutes = self.every_minutes
         if limit is not None:

@@ -96,8 +96,7 @@ class Guard(RunCallback):
             return True
         mean = self._mean(loss) if mean is None else mean  # all devices are here
         self._record(batch, step, mean, value, why)
-        first = self._trainer.datamodule.samples_seen  # type: ignore[attr-defined]
-        last = first + self.session.batch_size - 1
+        first, last = self._trainer.datamodule.span  # type: ignore[attr-defined]
         told = f"at step {step + 1} (samples {first} to {last}): {why}"
         if self.policy == "rollback" and self.rolled_back < self.most:
             times = int(self.session.metrics.get("guard/rolled_back", 0)) + 1
@@ -113,7 +112,7 @@ class Guard(RunCallback):
 
     def told(self, step: int, loss: float, norm: float, why: str) -> str:
         """The message of a run that ends here."""
-        first = self._trainer.datamodule.samples_seen  # type: ignore[attr-defined]
+        first, last = self._trainer.datamodule.span  # type: ignore[attr-defined]
         earlier = ", ".join(f"{n:.4g}" for n in self._recent) or "none"
         tried = {
             "raise": "",
@@ -125,7 +124,7 @@ class Guard(RunCallback):
         return (
             f"Training diverged at step {step + 1}: {why}; loss {loss}, gradient norm {norm} (in the steps before: "
             f"{earlier}), norm of all weights {weights:.4g}. The batch was samples "
-            f"{first} to {first + self.session.batch_size - 1}.{tried} Nothing was saved after that; the last good "
+            f"{first} to {last}.{tried} Nothing was saved after that; the last good "
             f"checkpoint is in {folder.checkpoints}. {ADVICE}, or with callback.guard.policy=skip. Look into the step "
             f"with: python run.py job=replay ckpt={folder.path}"
         )
@@ -163,8 +162,8 @@ class Guard(RunCallback):
         if self._recorded > _RECORDS:  # counted, not looked up: all devices must decide alike
             return
         data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
-        first = data.samples_seen
-        size = self.session.batch_size // shares
+        first, last = data.span
+        size = last + 1 - first
         layers = {}
         for part, p in self._task.named_parameters():  # all devices take part where these are in pieces
             gradient = 0.0 if p.grad is None else norm_of([p.grad], [p]).item()
@@ -178,8 +177,8 @@ class Guard(RunCallback):
             "grad_norm": norm,
             "grad_norms_before": self._recent,
             "learning_rates": {g["name"]: g["lr"] for g in self._trainer.optimizers[0].param_groups},
-            "passed_over": first - step * self.session.batch_size,
-            "samples": [first + share * size, first + (share + 1) * size - 1],
+            "from_sample": data.from_sample,
+            "samples": [first + share * size // shares, first + (share + 1) * size // shares - 1],
             "checkpoint": kept,
             "texts": texts_of(batch, data.tokenizer),
             "layers": layers,
@@ -225,9 +224,16 @@ class Guard(RunCallback):
 
 
 def texts_of(batch: Batch, tokenizer: Any) -> list[str]:
-    """What the model read, row by row."""
+    """What the model read, row by row, padding left out."""
     inputs = batch["inputs"]
     name = next((n for n in ("tokens", "decoder_tokens") if n in inputs), None)
     if name is None:
         return []
-    return [tokenizer.decode(row)[:2000] for row in inputs[name].tolist()]
+    rows = inputs[name].tolist()
+    padding = inputs.get(name.replace("tokens", "documents"))
+    if padding is not None:
+        rows = [
+            [token for token, text in zip(*both, strict=True) if text >= 0]
+            for both in zip(rows, padding.tolist(), strict=True)
+        ]
+    return [tokenizer.decode(row)[:2000] for row in rows]

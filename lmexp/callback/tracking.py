@@ -55,8 +55,7 @@ class Tracking(RunCallback):
         self._norms = "none yet"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seen = trainer.datamodule.samples_seen  # type: ignore[attr-defined]
-        self._passed_over = seen - trainer.global_step * self.session.batch_size
+        self._spans: dict[int, tuple[int, int]] = {}  # step of the window -> first and last sample of its batch
         self.session.start_clock()
         self._window_start = self._left = time.perf_counter()
         self._paused = self._paused_when_left = self.session.paused
@@ -69,6 +68,7 @@ class Tracking(RunCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # since the last step's end, less validation, samples and saving
         self._waited += time.perf_counter() - self._left - (self.session.paused - self._paused_when_left)
+        self._spans[trainer.global_step] = trainer.datamodule.span  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if (trainer.global_step + 1) % self.update_ratio_every == 0:
@@ -116,6 +116,7 @@ class Tracking(RunCallback):
         if not record.steps:
             return
         self._refuse_nan(record, pl_module)
+        self._spans = {}
         now = time.perf_counter()
         spent = now - self._window_start - (self.session.paused - self._paused)
         values = self._window_values(trainer, task, record, spent)
@@ -175,11 +176,11 @@ class Tracking(RunCallback):
             if (math.isfinite(loss) and math.isfinite(norm)) or step in self.session.left_out:
                 continue
             earlier = ", ".join(f"{n:.4g}" for n in record.grad_norm[max(0, place - 5) : place]) or "not in this window"
-            first = step * self.session.batch_size + self._passed_over
+            first, last = self._spans[step]
             raise Diverged(
                 f"Training diverged at step {step + 1}: loss {loss}, gradient norm {norm} (in the steps before: "
                 f"{earlier}), norm of all weights by now {_size(task):.4g}. The batch was samples {first} to "
-                f"{first + self.session.batch_size - 1}. Nothing was saved after that; the last good checkpoint is in "
+                f"{last}. Nothing was saved after that; the last good checkpoint is in "
                 f"{self.session.directory.checkpoints}. {ADVICE}."
             )
 

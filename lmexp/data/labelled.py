@@ -108,9 +108,18 @@ class Examples:
         """The examples of these indices; in evaluation empty samples beyond the end."""
         return [self._sample(index) for index in indices]
 
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """(n, texts) int64 tokens of the texts of these examples, in training."""
+        assert self.order is not None
+        numbers = np.array([self.order.number(self._repeated(index)) for index in indices])
+        return np.stack([side.lengths(numbers) for side in self.sides], 1)
+
+    def _repeated(self, index: int) -> int:
+        return index if self.most is None else index % self.most
+
     def _sample(self, index: int) -> Sample:
         if self.order is not None:
-            index = index if self.most is None else index % self.most
+            index = self._repeated(index)
             return self._example(self.order.number(index), index)
         if index >= len(self):
             return Sample(np.empty(0, np.int64), np.empty(0, np.float32), index)

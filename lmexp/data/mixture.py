@@ -24,6 +24,14 @@ class Source(Protocol):
     def samples(self, indices: Sequence[int]) -> list[Sample]: ...
 
 
+class TextSource(Source, Protocol):
+    """Training samples that are whole texts."""
+
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """(n, texts) int64: tokens of the texts of these samples."""
+        ...
+
+
 class SizedSource(Source, Protocol):
     """Evaluation samples of one source, by their place; empty ones beyond its end."""
 
@@ -103,6 +111,14 @@ class Mixed:
             out.append(replace(sample, index=index))
         return out
 
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """(n, texts) int64, of sources that are whole texts."""
+        return np.concatenate([self._lengths(i if self.max_samples is None else i % self.max_samples) for i in indices])
+
+    def _lengths(self, index: int) -> np.ndarray:
+        source, within = self._draw(index)
+        return self.sources[source].lengths([within])  # type: ignore[attr-defined]
+
     def _draw(self, index: int) -> tuple[int, int]:
         first, sources, within = self._ahead
         if not first <= index < first + len(sources):
@@ -123,6 +139,9 @@ class Tagged:
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [replace(s, part=self.part, language=self.language) for s in self.source.samples(indices)]
 
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        return self.source.lengths(indices)  # type: ignore[attr-defined]
+
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
 
@@ -139,6 +158,10 @@ class Side:
 
     language: int
     """Which of the corpus's languages."""
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """(n,) int64 tokens of these texts, without their ends."""
+        return (self.offsets[numbers + 1] - self.offsets[numbers] - 1).astype(np.int64)
 
     def text(self, number: int, token_bytes: np.ndarray, index: int, part: int, pair: Sample | None = None) -> Sample:
         """Text `number`, without its end."""
@@ -180,6 +203,12 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.sides[0].offsets) - 1
+
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """(n, 2) int64 tokens of both texts of these pairs, in training."""
+        assert self.order is not None
+        numbers = np.array([self.order.number(index) for index in indices])
+        return np.stack([side.lengths(numbers) for side in self.sides], 1)
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """The pairs of these indices; in evaluation empty samples beyond the end."""

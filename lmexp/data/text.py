@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lmexp.contracts import EVAL_SEED, Family, Objective, ReadsWholeTexts, Sample, Split, UserError
+from lmexp.contracts import EVAL_SEED, Batch, Family, Objective, ReadsWholeTexts, Sample, Split, UserError
 from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.parts import Part, smoothed
+from lmexp.data.budget import TokenBudget
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
 from lmexp.data.labelled import AllTexts, Examples, is_labelled, labels_of
 from lmexp.data.loader import Batches, Collated, Recipe, SizedBatches, data_share
-from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged
+from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSource, Source, Tagged, TextSource
 from lmexp.data.order import BlockOrder
 from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, evaluation_batches, stride_of
 from lmexp.data.parted import SmoothedTexts, is_parted, parts_of
@@ -31,7 +32,8 @@ class TextData(LightningDataModule):
     What the constructor takes is the `data` node of the configuration; `configure` adds what the run decides, then
     `prepare` makes `tokenizer`, `report`, `n_blocks` and `bytes_per_token`. Training batch s of rank r of W holds the
     samples s * B + r * B / W to s * B + (r + 1) * B / W - 1, for a global batch of B, and starts at the cursor
-    `samples_seen`, which `advance` moves once a batch has been trained on and checkpoints keep.
+    `samples_seen`, which `advance` moves once a batch has been trained on and checkpoints keep. With `batch_tokens` a
+    batch has as many samples as fit (`TokenBudget`), and r of W gets the same share of them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TextData(LightningDataModule):
         prefetch: int,
         tokenizer_documents: int,
         bpe_dropout: float = 0.0,
+        batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -54,6 +57,7 @@ class TextData(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("prefetch", prefetch, 1),
             ("tokenizer_documents", tokenizer_documents, 1),
+            ("batch_tokens", 1 if batch_tokens is None else batch_tokens, 1),
             ("validation_blocks", 1 if validation_blocks is None else validation_blocks, 1),
         ):
             if not isinstance(value, int) or value < least:
@@ -72,6 +76,7 @@ class TextData(LightningDataModule):
         self.prefetch = prefetch
         self.tokenizer_documents = tokenizer_documents
         self.bpe_dropout = bpe_dropout
+        self.batch_tokens = batch_tokens
         self.samples_seen = 0
         self.from_sample = 0
         """A checkpoint's cursor goes at least here: the samples before are passed over."""
@@ -82,7 +87,7 @@ class TextData(LightningDataModule):
         self,
         tokenizer: Tokenizer | TokenizerConfig,
         objective: Objective,
-        batch_size: int,
+        batch_size: int | None,
         seed: int,
         max_samples: int | None = None,
         family: Family = "decoder",
@@ -91,11 +96,12 @@ class TextData(LightningDataModule):
         """Set what the run decides; returns itself.
 
         A `Tokenizer` is used as it is (that of a checkpoint), a config is trained or loaded; both get the special
-        tokens of the objective. `batch_size` is global, in samples. With `max_samples` training repeats its first so
-        many samples, to overfit on purpose. `family` is the model's, and so is `start_id`, the token
-        that its decoder begins with after an encoder; None: the tokenizer's padding.
+        tokens of the objective. `batch_size` is global, in samples; None with `batch_tokens`. With `max_samples`
+        training repeats its first so many samples, to overfit on purpose. `family` is the model's, and so is
+        `start_id`, the token that its decoder begins with after an encoder; None: the tokenizer's padding.
         """
-        if batch_size < 1:
+        assert (batch_size is None) != (self.batch_tokens is None), "a batch has one size"  # the job has checked
+        if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size={batch_size}; expected at least 1.")
         if seed < 0:
             raise UserError(f"seed={seed}; expected at least 0.")
@@ -216,10 +222,19 @@ class TextData(LightningDataModule):
 
     def train_dataloader(self) -> Batches | StreamBatches:
         """Endless batches of this rank from the cursor on; has no length."""
-        size = self._local_batch_size()
         recipe = self._recipe(self.seed)
+        rank, world_size = self._rank()
+        if self.batch_size is not None and self.batch_size % world_size:
+            below = self.batch_size // world_size * world_size
+            nearest = " or ".join(str(b) for b in (below, below + world_size) if b)
+            raise UserError(
+                f"batch_size={self.batch_size} does not divide over {world_size} devices; set batch_size={nearest}."
+            )
+        if self.batch_tokens is not None:
+            self._check_budget(self.batch_tokens, world_size)
         if self.corpus.streaming:
-            rank = self._rank()[0]
+            assert self.batch_size is not None  # no objective of whole texts reads a stream
+            size = self.batch_size // world_size
             return StreamBatches(
                 self._stream,
                 recipe,
@@ -231,11 +246,16 @@ class TextData(LightningDataModule):
             )
         return Batches(
             Collated(self._train_source(), recipe),
-            lambda: self._train_indices(size),
+            lambda: self._train_indices(rank, world_size),
             self.num_workers,
             self.prefetch,
             self._pin_memory,
         )
+
+    def one_by_one(self, indices: Iterable[int]) -> Iterator[tuple[int, Batch]]:
+        """Training samples of a corpus that is not streamed, each as a batch by itself."""
+        source, recipe = self._train_source(), self._recipe(self.seed)
+        return ((index, recipe(source.samples([index]))) for index in indices)
 
     def val_dataloader(self) -> SizedBatches:
         """The validation split in order, or `validation_blocks` blocks spread over it."""
@@ -297,6 +317,11 @@ class TextData(LightningDataModule):
                     found[of] = (len(column), int((column > 0).sum()), int(column.sum()))
         return found
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first and the last sample of the training batch at the cursor, over all devices."""
+        return self.samples_seen, self.samples_seen + self._size_at(self.samples_seen) - 1
+
     def advance(self, n_samples: int) -> None:
         """Move the cursor: so many more samples of the global order have been trained on."""
         self.samples_seen += n_samples
@@ -348,8 +373,17 @@ class TextData(LightningDataModule):
         return Examples(sides, self.tokenizer.token_bytes, labels, groups, seed, most)
 
     def _train_source(self) -> Source:
+        """Training samples, whole texts cut in other ways too, if that is asked for."""
+        source = self._train_texts()
+        if not self.bpe_dropout:
+            return source
+        assert isinstance(self.objective, ReadsWholeTexts)  # the job has checked
+        lost = partial(self.objective.lost, block_size=self.block_size, family=self.family)
+        return Resplit(source, self._merges(), self.tokenizer.token_bytes, self.bpe_dropout, self.seed, lost)
+
+    def _train_texts(self) -> Source:
         if is_labelled(self.corpus):
-            return self._resplit(self._examples("train", self.seed, self.max_samples))
+            return self._examples("train", self.seed, self.max_samples)
         sources: list[Source] = []
         for number, part in enumerate(self.parts):
             if len(part.languages) > 1:
@@ -362,15 +396,7 @@ class TextData(LightningDataModule):
         if not is_parted(self.corpus):
             return sources[0]
         tagged = [self._tagged(source, number) for number, source in enumerate(sources)]
-        return self._resplit(Mixed(tagged, MixtureOrder(self.shares, self.seed), self.max_samples))
-
-    def _resplit(self, source: Source) -> Source:
-        """Training texts cut in other ways too, if that is asked for."""
-        if not self.bpe_dropout:
-            return source
-        assert isinstance(self.objective, ReadsWholeTexts)  # the job has checked
-        lost = partial(self.objective.lost, block_size=self.block_size, family=self.family)
-        return Resplit(source, self._merges(), self.tokenizer.token_bytes, self.bpe_dropout, self.seed, lost)
+        return Mixed(tagged, MixtureOrder(self.shares, self.seed), self.max_samples)
 
     def _merges(self) -> np.ndarray:
         merges = self.tokenizer.merges()
@@ -432,21 +458,41 @@ class TextData(LightningDataModule):
         """(rank, world size) among those that share out the batch, 0 of 1 without a trainer."""
         return (0, 1) if self.trainer is None else data_share(self.trainer)
 
-    def _local_batch_size(self) -> int:
-        world_size = self._rank()[1]
-        if self.batch_size % world_size:
-            below = self.batch_size // world_size * world_size
-            nearest = " or ".join(str(b) for b in (below, below + world_size) if b)
-            raise UserError(
-                f"batch_size={self.batch_size} does not divide over {world_size} devices; set batch_size={nearest}."
-            )
-        return self.batch_size // world_size
+    def _size_at(self, first: int) -> int:
+        """Samples of the global batch that begins with this one."""
+        return self._budget.size(first) if self.batch_size is None else self.batch_size
 
-    def _train_indices(self, size: int) -> Iterator[range]:
-        first = self.samples_seen + self._rank()[0] * size
+    @cached_property
+    def _budget(self) -> TokenBudget:
+        assert self.batch_tokens is not None
+        source = cast(TextSource, self._train_texts())
+        return TokenBudget(lambda indices: self._tokens_of(source.lengths(indices)), self.batch_tokens)
+
+    def _tokens_of(self, lengths: np.ndarray) -> np.ndarray:
+        """(n,) tokens of samples whose texts have these lengths (n, texts), once they are cut, each with its end."""
+        assert isinstance(self.objective, ReadsWholeTexts)  # the job has checked
+        lost = self.objective.lost(lengths, self.block_size, self.family)
+        return lengths.sum(1) - lost.sum(1) + lengths.shape[1]
+
+    def _check_budget(self, tokens: int, devices: int) -> None:
+        """Raise `UserError` unless a batch has room for a sample on each device."""
+        longest = max(
+            int(self._tokens_of(np.stack([np.diff(cache.offsets("train")) - 1 for cache in caches], 1)).max())
+            for caches in self._caches
+        )
+        if tokens < longest * devices:
+            each = f", and each of {devices} devices gets one" if devices > 1 else ""
+            raise UserError(
+                f"data.batch_tokens={tokens}: the longest training sample has {longest} tokens{each}; set "
+                f"data.batch_tokens={longest * devices} or more."
+            )
+
+    def _train_indices(self, rank: int, world_size: int) -> Iterator[range]:
+        first = self.samples_seen
         while True:
-            yield range(first, first + size)
-            first += self.batch_size
+            size = self._size_at(first)
+            yield range(first + rank * size // world_size, first + (rank + 1) * size // world_size)
+            first += size
 
 
 class _FirstDocuments:

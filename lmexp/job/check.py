@@ -55,7 +55,8 @@ def check(cfg: DictConfig, world_size: int, training: bool = True, classes: dict
     for key in sorted(set(cfg.trainer) - TRAINER_KEYS):
         errors.append(f"trainer.{key}={cfg.trainer[key]}: no such key; nothing would read it. Leave it out.")
     for key, least in WHOLE.items():
-        collect(partial(_whole, key, cfg[key], least))
+        if key != "batch_size" or cfg.batch_size is not None:
+            collect(partial(_whole, key, cfg[key], least))
     if cfg.max_samples is not None:
         collect(lambda: _whole("max_samples", cfg.max_samples, 1))
     collect(lambda: seconds_of(cfg.max_time))
@@ -63,11 +64,13 @@ def check(cfg: DictConfig, world_size: int, training: bool = True, classes: dict
         errors.append(f"resume={cfg.resume}; expected never or auto.")
     collect(lambda: check_devices(cfg, world_size))
     if not errors and training:
-        collect(lambda: check_division(cfg, world_size))
+        if cfg.batch_size is not None:
+            collect(lambda: check_division(cfg, world_size))
         collect(lambda: check_saving(cfg))
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
     collect(lambda: check_task(cfg, made))
     collect(lambda: check_objective(cfg, made))
+    collect(lambda: check_batch(cfg, made))
     if not errors and classes is not None:
         made["metric"].bind(**classes)
     elif not errors:
@@ -321,6 +324,24 @@ def check_devices(cfg: DictConfig, world_size: int) -> None:
     for key in ("compile", "recompute_activations"):
         if not isinstance(cfg.trainer[key], bool):
             raise UserError(f"trainer.{key}={cfg.trainer[key]}; expected true or false.")
+
+
+def check_batch(cfg: DictConfig, made: dict[str, Any]) -> None:
+    """Raise `UserError` unless it is said once how large a batch is, in a way that the objective knows."""
+    data, objective = made["data"], made["objective"]
+    if data is None or objective is None:
+        return
+    if (cfg.batch_size is None) == (data.batch_tokens is None):
+        raise UserError(
+            f"batch_size={cfg.batch_size} and data.batch_tokens={data.batch_tokens}; expected one of them, and null "
+            "for the other: a batch is a number of samples, or as many as have so many tokens."
+        )
+    if data.batch_tokens is not None and not isinstance(objective, ReadsWholeTexts):
+        raise UserError(
+            f"data.batch_tokens={data.batch_tokens}: samples of objective {type(objective).__name__} have "
+            f"data.block_size={data.block_size} tokens each; set data.batch_tokens=null and "
+            f"batch_size={max(1, data.batch_tokens // data.block_size)}."
+        )
 
 
 def check_division(cfg: DictConfig, world_size: int) -> None:

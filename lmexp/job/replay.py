@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lmexp.callback.guard import Guard, Rollback, texts_of
-from lmexp.contracts import IGNORE_INDEX, Batch, UserError
+from lmexp.contracts import IGNORE_INDEX, Batch, ReadsWholeTexts, UserError
 from lmexp.job.check import check
 from lmexp.job.launch import set_matmul_precision
 from lmexp.job.plan import Plan
@@ -118,9 +119,7 @@ def _run_to(record: dict[str, Any], cfg: DictConfig, plan: Plan, directory: RunD
             raise _Reached(_looked_at(batch, task, step, trainer.datamodule))
 
     guard.watched = watched
-    start = record["checkpoint"]
-    first = (0 if start is None else int(start.split("-")[1].split(".")[0])) * cfg.batch_size + record["passed_over"]
-    backs = [Rollback(record["step"], first, "")] if record["passed_over"] else []
+    backs = [Rollback(record["step"], record["from_sample"], "")] if record["from_sample"] else []
     own = Plan(cfg, plan.choices | {"job": "train"}, [], plan.in_sweep)
     try:
         train_in(own, parts, directory, Terminal(quiet=True), 0, 1, backs)
@@ -132,17 +131,24 @@ def _run_to(record: dict[str, Any], cfg: DictConfig, plan: Plan, directory: RunD
 @torch.no_grad()
 def _looked_at(batch: Batch, task: BaseTask, step: int, data: Any) -> dict[str, Any]:
     """What the step consists of: its samples one by one, the first module that goes wrong, the layers."""
-    first = data.samples_seen
-    samples = []
-    for number, row in enumerate(split_batch(batch, 1)):
+    first, last = data.span
+    found: Iterable[tuple[int, Batch]] = enumerate(split_batch(batch, 1), first)
+    if isinstance(data.objective, ReadsWholeTexts):  # several share a row
+        found = data.one_by_one(range(first, last + 1))
+    samples: list[dict[str, Any]] = []
+    worst: tuple[float, Batch] | None = None
+    for number, here in found:
+        row = task.transfer_batch_to_device(here, task.device, 0)
         count = int((row["labels"] != IGNORE_INDEX).sum())
         loss = task.loss_sum(row).item() / max(1, count)
         samples.append(
-            {"sample": first + number, "loss": loss, "tokens": count, "text": "".join(texts_of(row, data.tokenizer))}
+            {"sample": number, "loss": loss, "tokens": count, "text": "".join(texts_of(row, data.tokenizer))}
         )
-    samples.sort(key=lambda s: -math.inf if not math.isfinite(s["loss"]) else -s["loss"])
-    worst = samples[0]["sample"] - first
-    place = _first_wrong(task, next(r for n, r in enumerate(split_batch(batch, 1)) if n == worst))
+        if worst is None or _badness(loss) > worst[0]:
+            worst = _badness(loss), row
+    assert worst is not None
+    samples.sort(key=lambda s: -_badness(s["loss"]))
+    place = _first_wrong(task, worst[1])
     gradients = {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
     total = (batch["labels"] != IGNORE_INDEX).sum().item()
     return {
@@ -156,6 +162,10 @@ def _looked_at(batch: Batch, task: BaseTask, step: int, data: Any) -> dict[str, 
             if name in gradients
         },
     }
+
+
+def _badness(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _first_wrong(task: BaseTask, row: Batch) -> str | None:

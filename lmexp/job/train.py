@@ -26,7 +26,7 @@ from lmexp.callback.checkpoint import CheckpointFiles
 from lmexp.callback.guard import Guard, Rollback
 from lmexp.callback.pruning import Pruning
 from lmexp.callback.samples import Samples
-from lmexp.contracts import UserError
+from lmexp.contracts import ReadsWholeTexts, UserError
 from lmexp.data.text import TextData
 from lmexp.job.build import (
     Parts,
@@ -177,7 +177,7 @@ def train_in(
         return _finish(cfg, session, rank)
 
     trainer = build_trainer(cfg, world_size, parts.callbacks, checkpoint_files, logger)
-    terminal.print(_summary(task, session, cfg, world_size))
+    terminal.print(_summary(task, session, data, cfg, world_size))
     if path is not None:
         terminal.print(f"Going on from {path.name}, after step {session.steps_before}.")
     gc.freeze()  # what is there by now stays; looking through it again and again would cost steps their time
@@ -326,7 +326,8 @@ def _session(
     n_parameters = sum(p.numel() for p in task.model.parameters())
     hparams = {
         **{group: plan.choices[group] for group in ("data", "tokenizer", "model", "optimizer", "schedule")},
-        **{key: cfg[key] for key in ("seed", "batch_size", "max_steps")},
+        **{key: cfg[key] for key in ("seed", "batch_size", "max_steps") if cfg[key] is not None},
+        **({} if data.batch_tokens is None else {"batch_tokens": data.batch_tokens}),
         "block_size": data.block_size,
         "optimizer.lr": cfg.optimizer.lr,
         "parameters": n_parameters,
@@ -342,8 +343,6 @@ def _session(
         max_steps=cfg.max_steps,
         validate_every=cfg.validate_every,
         log_every=cfg.log_every,
-        batch_size=cfg.batch_size,
-        block_size=data.block_size,
         use=_use(data),
         shown=_shown(task, parts),
         bits=data.objective.bits,
@@ -404,16 +403,21 @@ def _trained(task: BaseTask) -> int:
     return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
 
 
-def _summary(task: BaseTask, session: Session, cfg: DictConfig, world_size: int) -> str:
+def _summary(task: BaseTask, session: Session, data: TextData, cfg: DictConfig, world_size: int) -> str:
     n = sum(p.numel() for p in task.model.parameters())
-    tokens = session.max_steps * session.batch_size * session.block_size
+    if data.batch_tokens is not None:
+        steps = f"texts of together at most {data.batch_tokens:,} tokens"
+    elif isinstance(data.objective, ReadsWholeTexts):
+        steps = f"{cfg.batch_size} samples of at most {data.block_size} tokens a text"
+    else:
+        steps = f"{cfg.batch_size} x {data.block_size} tokens = {cfg.max_steps * cfg.batch_size * data.block_size:,}"
     trained = "" if _trained(task) == n else f", of which {_trained(task):,} are trained ({_trained(task) / n:.2%})"
     devices = f"{world_size} x {accelerator_of(cfg)}" if world_size > 1 else accelerator_of(cfg)
     matmul = cfg.trainer.matmul_precision
     precision = precision_of(cfg) + ("" if matmul == "highest" else f" ({matmul} in matrix products)")
     return (
         f"Model: {type(task.model).__name__}, {n:,} parameters{trained}. Training: {session.max_steps} steps of "
-        f"{session.batch_size} x {session.block_size} tokens = {tokens:,} on {devices}, {precision}.\n"
+        f"{steps} on {devices}, {precision}.\n"
         f"Run: {session.directory.path}"
     )
 

@@ -35,12 +35,6 @@ class Session:
     log_every: int
     """Steps between reads of what the steps measured."""
 
-    batch_size: int
-    """Sequences in an optimizer step."""
-
-    block_size: int
-    """Tokens in a sequence."""
-
     use: tuple[str, str] | None
     """What the model is for and the overrides that do it, for the last line; None: nothing."""
 

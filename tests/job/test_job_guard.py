@@ -62,6 +62,44 @@ def test_raise_says_where_and_replay_shows_what(planted: list[str], tmp_path: Pa
     assert "first output that is not finite is that of embed" in done.stdout
 
 
+def test_a_pair_that_shares_its_row_is_found(tmp_path: Path) -> None:
+    """In batches of as many pairs as fit, after the run has gone back once: the sample and nothing beside it."""
+    pairs = [(f"line {i} {'~' if i in (60, 61) else 'x' * (i % 9)}", f"Zeile {i}") for i in range(120)]
+    for column, name in enumerate(("en", "de")):
+        (tmp_path / name).write_text("\n".join(pair[column] for pair in pairs), encoding="utf-8")
+        (tmp_path / f"v.{name}").write_text("\n".join(pair[column] for pair in pairs[:9]), encoding="utf-8")
+    files, held_out = (f"{{en:{tmp_path}/{prefix}en,de:{tmp_path}/{prefix}de}}" for prefix in ("", "v."))
+    args = [*(o for o in TINY if o != "data=files" and not o.startswith(("data.", "batch_size")))]
+    args += ["data=parallel_files", "data.corpus.use=pairs", f"data.corpus.train={files}", "data.block_size=48"]
+    args += [
+        f"data.corpus.validation={held_out}",
+        f"paths.cache_dir={tmp_path / 'cache'}",
+        "model=transformer",
+    ]
+    args += ["objective=text_to_text", "batch_size=null", "data.batch_tokens=200", "validate_every=3", "max_steps=12"]
+    args += ["model.dropout=0", "model.tied=false"]
+    train(plan(*args, "max_steps=1", f"paths.run_dir={tmp_path / 'first'}"))
+    content = checkpoint(tmp_path / "first")
+    content["state_dict"]["model.embed.weight"][tilde(tmp_path / "first")] = math.nan
+    torch.save(content, tmp_path / "planted.ckpt")
+    args += [f"init_from={tmp_path / 'planted.ckpt'}", "callback.guard.policy=rollback", "max_steps=40"]
+    with pytest.raises(Diverged, match="had gone back 1 times"):
+        train(plan(*args, "callback.guard.most=1", f"paths.run_dir={tmp_path / 'run'}"))
+    records = list((tmp_path / "run" / "flight").glob("step-*.json"))
+    assert sorted(json.loads(r.read_text())["from_sample"] > 0 for r in records) == [False, True]
+    for record_file in records:
+        record = json.loads(record_file.read_text())
+        out = tmp_path / "report.json"
+        done = run("job=replay", f"ckpt={tmp_path / 'run'}", f"job.record={record_file}", f"out={out}", "trainer=cpu")
+        assert done.returncode == 0, done.stderr
+        report = json.loads(out.read_text())
+        first, last = record["samples"]
+        assert sorted(s["sample"] for s in report["samples"]) == list(range(first, last + 1))
+        assert all(("~" in s["text"]) == (not math.isfinite(s["loss"])) for s in report["samples"])
+        assert any("~" in s["text"] for s in report["samples"])
+        assert [s["text"] for s in report["samples"]] != record["texts"]
+
+
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_one_process_goes_on(planted: list[str], tmp_path: Path, policy: str) -> None:
     args = [*planted, f"callback.guard.policy={policy}"]

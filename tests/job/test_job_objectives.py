@@ -28,12 +28,13 @@ KINDS = {
     "translation": ["model=bert", "model.n_languages=2", "objective=translation_lm"],
     "pairs": ["model=transformer", "objective=text_to_text", "callback=text_to_text", "decoding=greedy"],
     "pairs_decoder": ["model=gpt", "objective=text_to_text"],
+    "pairs_tokens": ["model=transformer", "objective=text_to_text", "batch_size=null", "data.batch_tokens=600"],
     "mixture": ["model=bert", "objective=masked_lm"],
 }
 
 
 def data_is_paired(kind: str) -> bool:
-    return kind in ("translation", "pairs", "pairs_decoder")
+    return kind in ("translation", "pairs", "pairs_decoder", "pairs_tokens")
 
 
 def data(kind: str, folder: Path) -> list[str]:
