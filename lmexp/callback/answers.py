@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lmexp.callback.base import Scoring
-from lmexp.contracts import UserError
+from lmexp.contracts import Family, UserError
 from lmexp.data.loader import data_group, data_share
 from lmexp.decoding.beam import Beam
 from lmexp.decoding.generate import Sampling, generate
@@ -71,6 +71,12 @@ _KINDS = {
 }
 
 
+def fitted(sampling: Sampling | Beam, objective: TextToText, block_size: int, family: Family) -> Sampling | Beam:
+    """The same with no more tokens than a target has room for."""
+    most = min(objective.lengths(block_size, family)[1], sampling.max_new_tokens)
+    return dataclasses.replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
+
+
 def write_for(
     model: Any,
     sources: Sequence[np.ndarray],
@@ -79,21 +85,23 @@ def write_for(
     tokenizer: Any,
     sampling: Sampling | Beam,
     batch_size: int,
+    first: int = 0,
 ) -> list[list[int]]:
-    """The tokens that a model writes for each source (n,), which are read as in training; eos ends them."""
+    """The tokens that a model writes for each source (n,), which are read as in training; eos ends them. What is drawn
+    by lot depends on a source's number, from `first` on."""
     prompts = [objective.prompt(source, tokenizer, model.family, block_size).tolist() for source in sources]
-    most_new = min(objective.lengths(block_size, model.family)[1], sampling.max_new_tokens)
-    least = min(most_new, sampling.min_new_tokens)
-    sampling = dataclasses.replace(sampling, max_new_tokens=most_new, min_new_tokens=least)
+    sampling = fitted(sampling, objective, block_size, model.family)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equally long ones need no padding
     written: list[list[int]] = [[] for _ in prompts]
     # eager: each new token is another shape, which a compiled model would be compiled for
     with torch.compiler.set_stance("force_eager"):
-        for first in range(0, len(order), batch_size):
-            numbers = order[first : first + batch_size]
-            rows = generate(model, [prompts[i] for i in numbers], sampling, tokenizer.eos_id, tokenizer.vocab_size)
-            for number, row in zip(numbers, rows, strict=True):
-                written[number] = row
+        for begin in range(0, len(order), batch_size):
+            places = order[begin : begin + batch_size]
+            asked = [prompts[i] for i in places]
+            numbers = [first + i for i in places]
+            rows = generate(model, asked, sampling, tokenizer.eos_id, tokenizer.vocab_size, numbers=numbers)
+            for place, row in zip(places, rows, strict=True):
+                written[place] = row
     return written
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lmexp.contracts import Split, UserError
 
@@ -35,7 +36,7 @@ def content_hash(paths: Sequence[Path], cache_dir: str | Path | None) -> str:
             raise UserError(f"Cannot read {path}: {error.strerror}. Give a path that can be read.") from error
         digest.update(known[2].encode())
     if changed and index_path is not None:
-        _write(index_path, index)
+        write_json(index_path, index)
     return digest.hexdigest()
 
 
@@ -72,12 +73,13 @@ def _read(path: Path | None) -> dict[str, list]:
         return {}  # it only saves time
 
 
-def _write(path: Path, index: dict[str, list]) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of the cache whole or not at all; `UserError` if that fails."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(index, indent=0), encoding="utf-8")
-        os.replace(unfinished, path)  # of two at once the last wins; the other hashes again
+        unfinished.write_text(json.dumps(content, indent=0), encoding="utf-8")
+        os.replace(unfinished, path)  # of two at once the last wins; what the other found is found again
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise UserError(

@@ -152,6 +152,10 @@ class Docstrings(Parted):
         """sha256 over the names and contents of the sources and how pairs are made of them."""
         return self._fingerprint
 
+    def left_out(self, split: Split, language: str, beside: tuple[str, ...]) -> int:
+        """None: no row lacks a text."""
+        return 0
+
     def rows_in(self, split: Split, language: str, beside: tuple[str, ...]) -> Dataset:
         """The bodies or the summaries of a split, in the order of their modules; none is empty."""
         if split not in self.splits:

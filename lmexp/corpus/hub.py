@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from lmexp.contracts import Split, UserError
 from lmexp.corpus.content import content_hash
 from lmexp.corpus.parts import (
+    LeftOut,
     Part,
     Parted,
     Use,
     check_alpha,
+    check_flag,
     check_languages,
     check_use,
     did_you_mean,
-    rows_of,
+    pairs_of,
+    refuse_empty,
     table_parts,
 )
 
@@ -164,7 +167,7 @@ class Hub:
 class HubTranslation(Parted):
     """A hub data set whose rows hold a text in several languages: a column of {language: text}.
 
-    A text that is empty in one language is left out of the pairs with that language.
+    A text that is empty in one language makes no pair with that language (`skip_incomplete`).
     """
 
     name: str | None
@@ -194,6 +197,9 @@ class HubTranslation(Parted):
     use: Use = "pairs"
     """`pairs`: each language with each other; `languages`: each alone; `both`."""
 
+    skip_incomplete: bool = True
+    """Leave out, and count, rows of which a side of the pair is empty; False: they are an error."""
+
     alpha: float = 0.7
     """Parts are drawn in proportion to their tokens to this power; in [0, 1], 1: as they are."""
 
@@ -205,6 +211,7 @@ class HubTranslation(Parted):
         self._hub = Hub(*source, cache_dir=self.cache_dir)
         check_alpha(self.alpha)
         check_use(self.use)
+        check_flag("skip_incomplete", self.skip_incomplete)
         self.languages = check_languages(self.languages or (), 1 if self.use == "languages" else 2)
 
     @property
@@ -222,11 +229,22 @@ class HubTranslation(Parted):
 
     def rows_in(self, split: Split, language: str, beside: tuple[str, ...]) -> Dataset:
         """The texts in a language that are not empty in it and in those `beside`, in the order of the data set."""
-        key = hashlib.sha256(f"{self.content_fingerprint()} {split} {language} {sorted(beside)}".encode()).hexdigest()
-        return rows_of(partial(self._texts, split, language, beside), key, self.cache_dir)
+        rows, left_out = self._texts_of(split, language, beside)
+        if beside and not self.skip_incomplete:
+            languages = [name for name in self.languages if name == language or name in beside]
+            refuse_empty(left_out, f"{getattr(self, split)!r} of {self.name}", "row", languages)
+        return rows
 
-    def _texts(self, split: Split, language: str, beside: tuple[str, ...]) -> Iterator[str]:
-        empty = True
+    def left_out(self, split: Split, language: str, beside: tuple[str, ...]) -> int:
+        """How many rows these are fewer than the split has."""
+        return self._texts_of(split, language, beside)[1].count
+
+    def _texts_of(self, split: Split, language: str, beside: tuple[str, ...]) -> tuple[Dataset, LeftOut]:
+        key = hashlib.sha256(f"{self.content_fingerprint()} {split} {language} {sorted(beside)}".encode()).hexdigest()
+        return pairs_of(partial(self._texts, split, language, beside), key, self.cache_dir)
+
+    def _texts(self, split: Split, language: str, beside: tuple[str, ...]) -> Iterator[tuple[int, str | None]]:
+        empty, number = True, 0
         for batch in self._table(split).iter(batch_size=1000):
             rows = (
                 batch["text"]
@@ -234,9 +252,10 @@ class HubTranslation(Parted):
                 else (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
             )
             for texts in rows:
-                if all(((texts or {}).get(name) or "").strip() for name in (language, *beside)):
-                    empty = False
-                    yield texts[language]
+                paired = all(((texts or {}).get(name) or "").strip() for name in (language, *beside))
+                empty &= not paired
+                yield number, texts[language] if paired else None
+                number += 1
         if empty:
             raise UserError(
                 f"No row of {getattr(self, split)!r} of {self.name} has text in {' and '.join((language, *beside))}; "

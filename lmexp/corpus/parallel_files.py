@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from lmexp.contracts import Split, UserError
 from lmexp.corpus.content import content_hash
 from lmexp.corpus.parts import (
+    LeftOut,
     Part,
     Parted,
     Use,
     check_alpha,
+    check_flag,
     check_languages,
     check_use,
     did_you_mean,
-    rows_of,
+    pairs_of,
+    refuse_empty,
     table_parts,
 )
 from lmexp.corpus.tables import KINDS, BrokenRows, kind_of, opened_text, table_rows, unit_of
@@ -41,7 +44,7 @@ class ParallelFiles(Parted):
     A split is either a file for each language, `{en: train.en, de: train.de}`, a text on each line, or one table:
     csv or tsv with a column named like each language, or jsonl or Parquet with such columns, at the top or under
     `translation`.
-    A text that is empty in one language is left out of the pairs with that language.
+    A text that is empty in one language makes no pair with that language (`skip_incomplete`).
     """
 
     train: Source = None
@@ -62,6 +65,9 @@ class ParallelFiles(Parted):
     quoted: bool | None = None
     """Whether cells of tables may stand in quotes; None: those of csv; in tsv quotes are part of the text."""
 
+    skip_incomplete: bool = False
+    """Leave out, and count, rows of which a side of the pair is empty; False: they are an error."""
+
     alpha: float = 0.7
     """Parts are drawn in proportion to their tokens to this power; in [0, 1], 1: as they are."""
 
@@ -76,6 +82,7 @@ class ParallelFiles(Parted):
             )
         check_alpha(self.alpha)
         check_use(self.use)
+        check_flag("skip_incomplete", self.skip_incomplete)
         languages = self.languages or (list(self.train) if isinstance(self.train, Mapping) else [])
         self.languages = check_languages(languages, 1 if self.use == "languages" else 2)
         for split in self.splits:
@@ -114,18 +121,33 @@ class ParallelFiles(Parted):
         """The texts in a language that are not empty in it and in those `beside`, in the order of the files."""
         if split not in self.splits:
             raise UserError(f"These files have no {split} split, only {', '.join(self.splits)}; set corpus.{split}.")
-        key = hashlib.sha256(f"{self.content_fingerprint()} {split} {language} {sorted(beside)}".encode()).hexdigest()
-        return rows_of(partial(self._column, split, language, beside), key, self.cache_dir)
+        rows, left_out = self._column_of(split, language, beside)
+        if beside and not self.skip_incomplete:
+            languages = self._ordered(language, beside)
+            files = self._files(split, languages)
+            refuse_empty(left_out, " and ".join(map(str, files)), unit_of(files[0]), languages)
+        return rows
 
-    def _column(self, split: Split, language: str, beside: tuple[str, ...]) -> Iterator[str]:
-        # in one order, whichever side is read, so that errors name the files alike
-        languages = [name for name in self.languages if name == language or name in beside]
+    def left_out(self, split: Split, language: str, beside: tuple[str, ...]) -> int:
+        """How many lines these are fewer than the files have."""
+        return self._column_of(split, language, beside)[1].count
+
+    def _column_of(self, split: Split, language: str, beside: tuple[str, ...]) -> tuple[Dataset, LeftOut]:
+        key = hashlib.sha256(f"{self.content_fingerprint()} {split} {language} {sorted(beside)}".encode()).hexdigest()
+        return pairs_of(partial(self._column, split, language, beside), key, self.cache_dir)
+
+    def _ordered(self, language: str, beside: tuple[str, ...]) -> list[str]:
+        """In one order, whichever side is read, so that errors name the files alike."""
+        return [name for name in self.languages if name == language or name in beside]
+
+    def _column(self, split: Split, language: str, beside: tuple[str, ...]) -> Iterator[tuple[int, str | None]]:
+        languages = self._ordered(language, beside)
         place = languages.index(language)
         empty = True
-        for texts in self._rows(split, languages):
-            if all(text.strip() for text in texts):
-                empty = False
-                yield texts[place]
+        for number, texts in self._rows(split, languages):
+            paired = all(text.strip() for text in texts)
+            empty &= not paired
+            yield number, texts[place] if paired else None
         if empty:
             files = " and ".join(map(str, self._files(split, languages)))
             raise UserError(
@@ -144,11 +166,11 @@ class ParallelFiles(Parted):
                 raise UserError(f"{key}={path}: there is no such file; give one that can be read.")
         return [Path(path).expanduser() for path in named.values()]
 
-    def _rows(self, split: Split, languages: list[str]) -> Iterator[tuple[str, ...]]:
-        """The texts of each row in these languages, some perhaps empty."""
+    def _rows(self, split: Split, languages: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """The number of each row and its texts in these languages, some perhaps empty."""
         files = self._files(split, languages)
         if isinstance(getattr(self, split), Mapping):
-            yield from _aligned(files)
+            yield from enumerate(_aligned(files), 1)
             return
         (path,) = files
         yield from _selected(path, languages, self.quoted)
@@ -177,8 +199,8 @@ def _aligned(files: list[Path]) -> Iterator[tuple[str, ...]]:
         yield texts
 
 
-def _selected(path: Path, languages: list[str], quoted: bool | None) -> Iterator[tuple[str, ...]]:
-    """The texts in these languages; one that a row lacks is empty."""
+def _selected(path: Path, languages: list[str], quoted: bool | None) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The number of each row and its texts in these languages; one that a row lacks is empty."""
     broken = BrokenRows(str(path), unit_of(path))
     fix = "Name the languages as the columns are: data.corpus.languages=[en,de]."
     for number, row in table_rows(path, languages, fix, quoted=quoted, within="translation"):
@@ -187,5 +209,5 @@ def _selected(path: Path, languages: list[str], quoted: bool | None) -> Iterator
         for name, text in wrong:
             broken.add(number, f"column {name!r} holds {type(text).__name__}", "Expected text.")
         if not wrong:
-            yield texts
+            yield number, texts
     broken.check()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lmexp.contracts import Corpus, Split, UserError
+from lmexp.corpus.content import write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,6 +120,10 @@ class Table(Protocol):
         """The texts in a language as rows of `text`, without those that are empty in it or in a language `beside`."""
         ...
 
+    def left_out(self, split: Split, language: str, beside: tuple[str, ...]) -> int:
+        """How many rows these are fewer than the split has."""
+        ...
+
 
 @dataclass(frozen=True)
 class Side:
@@ -148,6 +153,10 @@ class Side:
     def rows(self, split: Split) -> Dataset:
         """The texts, in the order of the table."""
         return self.table.rows_in(split, self.language, self.beside)
+
+    def left_out(self, split: Split) -> int:
+        """How many rows of the table are no pairs, as a text of theirs is empty."""
+        return self.table.left_out(split, self.language, self.beside)
 
 
 def smoothed(sizes: Sequence[float], alpha: float) -> list[float]:
@@ -248,6 +257,84 @@ def rows_of(texts: Callable[[], Iterator[str]], fingerprint: str, cache_dir: str
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows that are no pairs, as one of their texts is empty."""
+
+    count: int
+    """How many there are."""
+
+    first: tuple[int, ...]
+    """The numbers of the first ten."""
+
+
+def pairs_of(
+    rows: Callable[[], Iterator[tuple[int, str | None]]], fingerprint: str, cache_dir: str | None
+) -> tuple[Dataset, LeftOut]:
+    """One side of the pairs as `rows_of`, and what is left out of them, which stands beside it in the cache.
+
+    `rows` gives the number of each row and its text; None where the row is no pair.
+    """
+    kept = _Kept(rows)
+    dataset = rows_of(kept, fingerprint, cache_dir)
+    path = Path(dataset.cache_files[0]["filename"]).with_suffix(".left_out.json")
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dataset, LeftOut(content["count"], tuple(content["first"]))
+    if not kept.read:  # the rows are of before this was counted
+        for _ in kept():
+            pass
+    write_json(path, {"count": kept.count, "first": kept.first})
+    return dataset, LeftOut(kept.count, tuple(kept.first))
+
+
+class _Kept:
+    """The texts of rows that have some, and afterwards what of them had none."""
+
+    def __init__(self, rows: Callable[[], Iterator[tuple[int, str | None]]]) -> None:
+        self.rows = rows
+        self.read = False
+        self.count = 0
+        self.first: list[int] = []
+
+    def __call__(self) -> Iterator[str]:
+        self.count, self.first = 0, []
+        for number, text in self.rows():
+            if text is not None:
+                yield text
+                continue
+            self.count += 1
+            if len(self.first) < 10:
+                self.first.append(number)
+        self.read = True
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise `UserError` unless it is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"corpus.{name}={value!r}; expected true or false.")
+
+
+def refuse_empty(left_out: LeftOut, source: str, unit: str, languages: Sequence[str]) -> None:
+    """Raise `UserError` for rows of which a text is empty."""
+    if left_out.count:
+        rows = listed(unit, left_out.first, left_out.count)
+        counted = " Rows are counted from 0." if unit == "row" else ""
+        raise UserError(
+            f"{source}, {rows}: the text in {' or '.join(languages)} is empty. Give it, take these {unit}s out, or "
+            f"have them left out and counted: data.corpus.skip_incomplete=true.{counted}"
+        )
+
+
+def listed(unit: str, numbers: Sequence[int], count: int) -> str:
+    """`line 2`, `lines 2 and 5`, or `lines 2, 5 and 7 more`: the first numbers of so many."""
+    names = [str(number) for number in numbers]
+    if count > len(names):
+        names.append(f"{count - len(names)} more")
+    first, last = ", ".join(names[:-1]), names[-1]
+    return f"{unit}s {first} and {last}" if first else f"{unit} {last}"
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

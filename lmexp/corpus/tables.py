@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from lmexp.contracts import UserError
-from lmexp.corpus.parts import did_you_mean
+from lmexp.corpus.parts import did_you_mean, listed
 
 Paths = str | Sequence[str] | None
 """A file, a glob or a list of these."""
@@ -112,15 +112,6 @@ class BrokenRows:
         more = f"; and {self._unnamed} more" if self._unnamed else ""
         counted = " Rows are counted from 0." if self._unit == "row" else ""
         raise UserError(f"{self._source}, {told}{more}. {' '.join(self._fixes)}{counted}")
-
-
-def listed(unit: str, numbers: Sequence[int], count: int) -> str:
-    """`line 2`, `lines 2 and 5`, or `lines 2, 5 and 7 more`: the first numbers of so many."""
-    names = [str(number) for number in numbers]
-    if count > len(names):
-        names.append(f"{count - len(names)} more")
-    first, last = ", ".join(names[:-1]), names[-1]
-    return f"{unit}s {first} and {last}" if first else f"{unit} {last}"
 
 
 def short(name: str) -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lmexp.contracts import EVAL_SEED, Batch, Family, Objective, ReadsWholeTexts, Sample, Split, UserError
 from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.parts import Part, smoothed
+from lmexp.corpus.parts import Side as CorpusSide
 from lmexp.data.budget import TokenBudget
 from lmexp.data.cache import SplitCorpus, TokenCache, open_cache, trained_tokenizer
 from lmexp.data.labelled import AllTexts, Examples, is_labelled, labels_of
@@ -315,6 +316,18 @@ class TextData(LightningDataModule):
                     of = f"{split} {part.name} {name}" if is_parted(self.corpus) else f"{split} {name}"
                     column = lost[:, number]
                     found[of] = (len(column), int((column > 0).sum()), int(column.sum()))
+        return found
+
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Where rows are no pairs, as a text of theirs is empty: the split -> how many, and how many rows there are."""
+        found: dict[str, tuple[int, int]] = {}
+        for part, caches in zip(self.parts, self._caches, strict=True):
+            first = part.corpora[0]
+            if len(part.corpora) < 2 or not isinstance(first, CorpusSide):
+                continue
+            for split, report in caches[0].report.splits.items():
+                if count := first.left_out(cast(Split, split)):
+                    found[f"{split} {part.name}"] = count, count + report.documents
         return found
 
     @property

@@ -72,7 +72,7 @@ def generate(
     eos_id: int | None,
     vocab_size: int,
     on_token: Callable[[int, int], None] | None = None,
-    first_row: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one); returns the new tokens alone, the end of document included.
 
@@ -80,10 +80,11 @@ def generate(
 
     An encoder-decoder reads the prompt and writes its answer, from `model.decoder_start_id` on.
 
-    Row i is a pure function of its prompt, the seed and `first_row` + i, whichever rows stand beside it. Each token
-    is predicted from at most the last `model.max_length` ones; as long as these fit, from cached keys and values.
-    `vocab_size`: ids from there on (padding of the vocabulary) are never drawn. `on_token(row, token)` is called for
-    each token as it comes, row by row. The model runs in evaluation mode and is left in the mode it was in.
+    Each row is a pure function of its prompt, the seed and its number (`numbers`; None: 0, 1, ...), whichever rows
+    stand beside it. Each token is predicted from at most the last `model.max_length` ones; as long as these fit, from
+    cached keys and values. `vocab_size`: ids from there on (padding of the vocabulary) are never drawn.
+    `on_token(row, token)` is called for each token as it comes, row by row. The model runs in evaluation mode and is
+    left in the mode it was in.
     Raises `UserError` for an empty prompt.
     """
     for row, prompt in enumerate(prompts):
@@ -101,7 +102,8 @@ def generate(
                     on_token(row, token)  # type: ignore[misc]
             return rows
         with weights_by_columns(model), without_gradients(model):
-            return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, first_row)
+            numbers = range(len(prompts)) if numbers is None else numbers
+            return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, numbers)
     finally:
         model.train(was_training)
 
@@ -113,10 +115,10 @@ def _generate(
     eos_id: int | None,
     vocab_size: int,
     on_token: Callable[[int, int], None] | None,
-    first_row: int,
+    numbers: Sequence[int],
 ) -> list[list[int]]:
     steps = steps_of(model, prompts, sampling.max_new_tokens)
-    rows = _Rows(prompts, model, sampling, eos_id, vocab_size, on_token, first_row)
+    rows = _Rows(prompts, model, sampling, eos_id, vocab_size, on_token, numbers)
     for _ in range(steps.most):
         drawn = rows.draw(steps.logits())
         if all(rows.done):
@@ -136,7 +138,7 @@ class _Rows:
         eos_id: int | None,
         vocab_size: int,
         on_token: Callable[[int, int], None] | None,
-        first_row: int,
+        numbers: Sequence[int],
     ) -> None:
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.done = [False] * len(prompts)
@@ -145,11 +147,11 @@ class _Rows:
         self.eos_id = eos_id
         self.vocab_size = vocab_size
         self.on_token = on_token
-        self.first_row = first_row
+        self.numbers = numbers
 
     def draw(self, logits: Tensor) -> Tensor:
         """Choose the next token of each row from its logits (B, V), append it where the row goes on; (B,)."""
-        places = [(self.first_row + i, len(row)) for i, row in enumerate(self.tokens)]
+        places = [(number, len(row)) for number, row in zip(self.numbers, self.tokens, strict=True)]
         logits = logits[:, : self.vocab_size]
         if self.sampling.constraints.any:
             texts = [[*start, *row] for start, row in zip(self.begun, self.tokens, strict=True)]

@@ -9,14 +9,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from lmexp.callback.answers import fitted
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam, beam_search
 from lmexp.decoding.generate import generate as decode
 from lmexp.job.build import accelerator_of, precision_of
 from lmexp.job.check import check_out
 from lmexp.job.plan import Plan
+from lmexp.job.predict import tell_cut
 from lmexp.job.restore import Restored, restore
 from lmexp.job.train import quiet_libraries
 from lmexp.objective.classification import Classification
@@ -25,7 +28,8 @@ from lmexp.run.directory import write_json_lines
 
 
 def generate(plan: Plan) -> None:
-    """Print each continuation after its prompt; `out` gets a JSON line each, with `prompt`, `sample` and `text`."""
+    """Print each continuation after its prompt, or of a text-to-text run what it writes for it, no longer than a
+    target may be; `out` gets a JSON line each, with `prompt`, `sample` and `text`."""
     job = plan.config.job
     for name in ("samples", "batch_size"):
         if not isinstance(job[name], int) or job[name] < 1:
@@ -93,6 +97,8 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
     objective = restored.parts.objective
     if isinstance(objective, TextToText):
         family, block = restored.parts.model.family, restored.parts.data.block_size
+        tell_cut(restored, np.array([[len(row), 0] for row in ids]))
+        sampling = fitted(sampling, objective, block, family)
         prompts = [objective.prompt(row, tokenizer, family, block).tolist() for row in ids]
     else:  # a document begins after the end of another; an encoder reads texts that end
         decoder = model.family == "decoder"
@@ -121,7 +127,8 @@ def _continue(restored: Restored, rows: list[dict[str, Any]], first: int, stream
             model.eval()
             done = list(_best(lambda kinds: beam_search(model, kinds, sampling, *ends), prompts, rows))
         else:
-            done = decode(model, prompts, sampling, *ends, show if stream else None, first)
+            numbers = range(first, first + len(prompts))
+            done = decode(model, prompts, sampling, *ends, show if stream else None, numbers)
     for row, tokens in zip(rows, done, strict=True):
         row["text"] = tokenizer.decode(tokens, skip_special=True)
     if stream:

@@ -373,7 +373,7 @@ def write_answers(
                     "unknown": tokenizer.unk_id is not None and tokenizer.unk_id in prompt,
                 }
             )
-        texts = _written(restored, prompts, sampling, stops, batch[0].row)
+        texts = _written(restored, prompts, sampling, stops, [one.row for one in batch])
         for result, text in zip(results[-len(batch) :], texts, strict=True):
             answers = result["answers"]
             result["text"] = text
@@ -383,7 +383,7 @@ def write_answers(
 
 
 def _written(
-    restored: Restored, prompts: list[tuple[int, ...]], sampling: Sampling, stops: tuple[str, ...], first_row: int
+    restored: Restored, prompts: list[tuple[int, ...]], sampling: Sampling, stops: tuple[str, ...], numbers: list[int]
 ) -> list[str]:
     """The answer to each prompt; generation ends when all have come to a stop."""
     tokenizer = restored.tokenizer
@@ -401,7 +401,7 @@ def _written(
             raise _AllStopped
 
     with suppress(_AllStopped):
-        generate(restored.task.model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, hear, first_row)
+        generate(restored.task.model, prompts, sampling, tokenizer.eos_id, tokenizer.vocab_size, hear, numbers)
     texts = []
     for row in range(len(prompts)):
         text = text_of(row)

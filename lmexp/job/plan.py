@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lmexp.contracts import UserError
 
-ADDED = {"data.bpe_dropout": 0.0, "data.batch_tokens": None}
+ADDED = {"data.bpe_dropout": 0.0, "data.batch_tokens": None, "data.corpus.skip_incomplete": True}
 """Keys that the configurations of the first runs lack, and the values that mean what these runs did."""
 
 

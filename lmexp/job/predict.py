@@ -54,7 +54,7 @@ def predict(plan: Plan) -> None:
     done: list[dict[str, Any]] = []
     for first in range(0, len(rows), job.batch_size):
         batch = rows[first : first + job.batch_size]
-        for row, told in zip(batch, _told(restored, batch, n_texts), strict=True):
+        for row, told in zip(batch, _told(restored, batch, n_texts, first), strict=True):
             done.append({**row, **told})
             if out is None:
                 print(json.dumps(done[-1], ensure_ascii=False), flush=True)
@@ -109,18 +109,15 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 @torch.inference_mode()
-def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int) -> Iterator[dict[str, Any]]:
-    """What is to be added to each row."""
+def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int, first: int) -> Iterator[dict[str, Any]]:
+    """What is to be added to each row, of which the first is number `first` of all."""
     device = torch.device(accelerator_of(restored.cfg))
     restored.task.to(device).eval()
     half = precision_of(restored.cfg) != "32-true"
     context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
     encoded = [restored.tokenizer.encode([row[name] for row in rows]) for name in COLUMNS[:n_texts]]
     data, parts = restored.parts.data, restored.parts
-    lengths = np.array([[len(side[i]) for side in encoded] for i in range(len(rows))])
-    cut = int((parts.objective.lost(lengths, data.block_size, parts.model.family)[:, 0] > 0).sum())  # type: ignore[attr-defined]
-    if cut:
-        print(f"{cut} of {len(rows)} texts are longer than the model reads, and cut.", file=sys.stderr)
+    tell_cut(restored, np.array([[len(side[i]) for side in encoded] for i in range(len(rows))]))
     with context:
         if isinstance(parts.objective, TextToText):
             ids = write_for(
@@ -131,6 +128,7 @@ def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int) -> I
                 restored.tokenizer,
                 parts.sampling,
                 len(rows),
+                first,
             )
             return iter([{"output": restored.tokenizer.decode(row, skip_special=True).strip()} for row in ids])
         task = cast(TextClassification, restored.task)
@@ -145,6 +143,14 @@ def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int) -> I
     probabilities = logits.sigmoid() if metric.multilabel else logits.softmax(-1)
     order = batch["places"].flatten()[there].argsort()
     return (answer(row, metric.classes, metric.multilabel) for row in probabilities[there][order].tolist())
+
+
+def tell_cut(restored: Restored, lengths: np.ndarray) -> None:
+    """Say how many of texts with `lengths` (n, texts) tokens are too long to be read whole, if some are."""
+    parts = restored.parts
+    lost = parts.objective.lost(lengths, parts.data.block_size, parts.model.family)[:, 0]  # type: ignore[attr-defined]
+    if lost.any():
+        print(f"{(lost > 0).sum()} of {len(lost)} texts are longer than the model reads, and cut.", file=sys.stderr)
 
 
 def _sample(texts: Sequence[np.ndarray], index: int, label: np.ndarray) -> Sample:

@@ -261,8 +261,13 @@ def prepare_data(cfg: DictConfig, parts: Parts, terminal: Terminal, tokenizer: A
 
 
 def cut_lines(data: TextData) -> list[str]:
-    """What of whole texts is too long and cut, a line for each split and kind of text; none if all are read whole."""
-    return [
+    """What of whole texts is left out, or too long and cut, a line for each split and kind of text; none if all are
+    read whole."""
+    empty = [
+        f"Left out, as a side of the pair is empty: {count:,} of {n:,} rows of {name} ({count / n:.1%})."
+        for name, (count, n) in data.left_out().items()
+    ]
+    return empty + [
         f"Too long for the model and cut: {cut:,} of {n:,} {name} ({cut / n:.1%}), {lost:,} tokens lost. "
         "See data.block_size and objective.max_*."
         for name, (n, cut, lost) in data.cut().items()

@@ -96,11 +96,39 @@ def forms(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize("form", ["files", "gz", "tsv", "csv", "jsonl"])
 def test_parallel_files_of_every_form(tmp_path: Path, form: str) -> None:
     source = forms(tmp_path)[form]
-    corpus = ParallelFiles(train=source, languages=("en", "de"), use="both", cache_dir=str(tmp_path / "c"))
+    options = {"languages": ("en", "de"), "use": "both", "cache_dir": str(tmp_path / "c")}
+    corpus = ParallelFiles(train=source, skip_incomplete=True, **options)
     assert [part.name for part in corpus.parts()] == ["en", "de", "en-de"]
     sides = [side.rows("train")["text"][:] for side in corpus.parts()[2].corpora]
     assert sides == [["one house", "two houses", "four houses"], ["ein Haus", "zwei Häuser", "vier Häuser"]]
     assert lines(corpus, "train", "de") == GERMAN, "alone, a language keeps what has no translation"
+    assert [side.left_out("train") for side in corpus.parts()[2].corpora] == [1, 1]
+    number = 3 if form in ("files", "gz", "jsonl") else 4  # after the header
+    refusing = ParallelFiles(train=source, **options).parts()[2]  # though the rows are in the cache
+    for side in refusing.corpora:
+        with pytest.raises(UserError, match=rf", line {number}: the text in en or de is empty.*skip_incomplete=true"):
+            side.rows("train")
+
+
+def test_what_is_left_out_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, every in (("en", 3), ("de", 5)):
+        text = "".join("\n" if n % every == 0 else f"{name} {n}\n" for n in range(1, 100))
+        (tmp_path / f"a.{name}").write_text(text)
+    source = {name: str(tmp_path / f"a.{name}") for name in ("en", "de")}
+    empty = [n for n in range(1, 100) if n % 3 == 0 or n % 5 == 0]
+    with pytest.raises(UserError, match=rf"lines {', '.join(map(str, empty[:10]))} and {len(empty) - 10} more: the"):
+        ParallelFiles(train=source, cache_dir=str(tmp_path / "c")).parts()[0].corpora[0].rows("train")
+    corpus = ParallelFiles(train=source, skip_incomplete=True, cache_dir=str(tmp_path / "c"))
+    sides = corpus.parts()[0].corpora
+    assert [side.left_out("train") for side in sides] == [len(empty)] * 2
+    assert all(len(side.rows("train")) == 99 - len(empty) for side in sides)
+    (counted, *_) = (tmp_path / "c").rglob("*.left_out.json")
+    counted.unlink()  # as in a cache of before
+    assert [side.left_out("train") for side in sides] == [len(empty)] * 2
+    monkeypatch.setattr(ParallelFiles, "_rows", None)  # from here on nothing is read
+    assert [side.left_out("train") for side in sides] == [len(empty)] * 2
+    with pytest.raises(UserError, match=r"corpus.skip_incomplete='drop'; expected true or false"):
+        ParallelFiles(train=source, skip_incomplete="drop")
 
 
 def test_parallel_files_mistakes(tmp_path: Path) -> None:
@@ -125,13 +153,19 @@ def test_hub_data_sets_with_a_column_of_translations(tmp_path: Path) -> None:
     corpus = HubTranslation(str(tmp_path / "data"), languages=("en", "de"), cache_dir=str(tmp_path / "c"))
     sides = [side.rows("train")["text"][:] for side in corpus.parts()[0].corpora]
     assert sides == [["one house", "two houses", "four houses"], ["ein Haus", "zwei Häuser", "vier Häuser"]]
+    assert corpus.parts()[0].corpora[1].left_out("train") == 1
+    strict = HubTranslation(
+        str(tmp_path / "data"), languages=("en", "de"), skip_incomplete=False, cache_dir=corpus.cache_dir
+    )
+    with pytest.raises(UserError, match=r"'train' of .*, row 2: the text in en or de is empty.*counted from 0"):
+        strict.parts()[0].corpora[0].rows("train")
     with pytest.raises(UserError, match="fr"):
         HubTranslation(str(tmp_path / "data"), languages=("en", "fr")).parts()[0].corpora[1].rows("train")
 
 
 def test_mixtures_of_corpora_and_of_their_parts(tmp_path: Path) -> None:
     source = forms(tmp_path)["files"]
-    pairs = ParallelFiles(train=source, cache_dir=str(tmp_path / "c"))
+    pairs = ParallelFiles(train=source, skip_incomplete=True, cache_dir=str(tmp_path / "c"))
     single = Files(train=str(tmp_path / "a.de"), unit="line", cache_dir=str(tmp_path / "c"))
     mixed = Mixture({"old": single, "books": pairs}, languages={"old": "de"})
     assert [part.name for part in mixed.parts()] == ["old", "en-de"]

@@ -63,7 +63,7 @@ def test_rows_do_not_depend_on_their_batch(name):
     model = build(name)
     sampling = Sampling(temperature=1.3, top_k=20, top_p=0.95, max_new_tokens=20, seed=7)
     batched = generate(model, PROMPTS, sampling, None, VOCAB)
-    single = [generate(model, [p], sampling, None, VOCAB, first_row=i)[0] for i, p in enumerate(PROMPTS)]
+    single = [generate(model, [p], sampling, None, VOCAB, numbers=[i])[0] for i, p in enumerate(PROMPTS)]
     assert batched == single
     assert batched == generate(model, PROMPTS, sampling, None, VOCAB)
     assert batched != generate(model, PROMPTS, Sampling(temperature=1.3, max_new_tokens=20, seed=8), None, VOCAB)

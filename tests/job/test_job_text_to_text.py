@@ -80,17 +80,20 @@ def test_generation_reads_a_source_as_training_did(tmp_path: Path) -> None:
     restored = restore(plan("job=generate", f"ckpt={run_dir}", "trainer=cpu"), 1)
     tokenizer = restored.tokenizer
     prompt = [*(int(i) for i in tokenizer.encode([source])[0]), tokenizer.eos_id]
-    sampling = Sampling(temperature=0, max_new_tokens=200)
+    sampling = Sampling(temperature=0, max_new_tokens=112)  # of 200 as many as a target has room for
     (expected,) = generate(restored.task.model, [prompt], sampling, tokenizer.eos_id, tokenizer.vocab_size)
     assert json.loads(out.read_text())["text"] == tokenizer.decode(expected, skip_special=True)
 
     done = run(*asked, "decoding=beam", "job.samples=3")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    beam = Beam(beams=4, max_new_tokens=200)
+    beam = Beam(beams=4, max_new_tokens=112)
     (best,) = beam_search(restored.task.model.eval(), [prompt], beam, tokenizer.eos_id, tokenizer.vocab_size)
     assert [row["text"] for row in rows] == [tokenizer.decode(t, skip_special=True) for _, t in best[:3]]
     assert [row["score"] for row in rows] == pytest.approx([score for score, _ in best[:3]])
+    done = run("job=generate", f"ckpt={run_dir}", "trainer=cpu", f"job.prompt={'house ' * 30}", "decoding=greedy")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 texts are longer than the model reads, and cut" in done.stderr
     done = run(*asked, "decoding=beam", "job.samples=5")
     assert done.returncode == 2
     assert "set decoding.beams=5" in done.stderr
@@ -135,6 +138,15 @@ def test_prediction_writes_what_the_evaluation_scored(tmp_path: Path) -> None:
     done = run("job=predict", *common, f"job.input={asked}", "job.batch_size=2")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["output"] for line in done.stdout.splitlines()] == [row["output"] for row in rows]
+
+    # what is drawn by lot is each row's own, whichever rows are read together
+    asked.write_text("the house number 3\n" * 5, encoding="utf-8")
+    drawn = []
+    for size in (2, 5):
+        done = run("job=predict", *common, f"job.input={asked}", f"job.batch_size={size}", "decoding=sample")
+        drawn.append([json.loads(line)["output"] for line in done.stdout.splitlines()])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 5
 
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "the house " * 40, "id": 7}) + "\n", encoding="utf-8")

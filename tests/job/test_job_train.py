@@ -37,7 +37,7 @@ LABELS = ("sentiment", "sentiment_sst2", "finetune_hf_sentiment")
 PAIRS = {
     "summarize": [],
     "summarize_cnn": ["objective.max_target=null", "model.activation_dropout=0", "decoding.min_new_tokens=0"],
-    "translate_iwslt": [],
+    "translate_iwslt": ["data.batch_tokens=null"],
     "translate_multi30k": [],
     "finetune_lora": ["task.lora=null", "model.n_kv_heads=2"],
 }
