@@ -91,6 +91,35 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, f"{where}: {a} and {b}"
 
 
+def pages(folder: Path | str) -> tuple[dict[str, list[tuple[int, Any]]], list[Any]]:
+    """What a directory's event files have besides scalars: tag -> (step, value) of texts as strings and of pictures as
+    arrays (height, width, 3), and the records of HPARAMS, in the order written."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.plugins.hparams import plugin_data_pb2
+    from tensorboard.util import tensor_util
+
+    found: dict[str, list[tuple[int, Any]]] = {}
+    hparams = []
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                kind = value.metadata.plugin_data.plugin_name
+                if kind == "text":
+                    text = tensor_util.make_ndarray(value.tensor).flat[0].decode()
+                    found.setdefault(value.tag.removesuffix("/text_summary"), []).append((event.step, text))
+                elif kind == "images":
+                    *_, encoded = tensor_util.make_ndarray(value.tensor)  # width, height, pictures
+                    picture = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+                    found.setdefault(value.tag, []).append((event.step, picture))
+                elif kind == "hparams":
+                    hparams.append(plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content))
+    return found, hparams
+
+
 def scalars(folder: Path | str) -> dict[str, list[tuple[int, float]]]:
     """Tag -> (step, value) of everything in a directory's event files, in the order written."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

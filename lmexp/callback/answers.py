@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +139,10 @@ class Answers(Scoring):
         self.latest: list[Answer] = []
         self.measured: dict[str, float] = {}
 
+    @cached_property
+    def signature(self) -> str | None:  # type: ignore[override]
+        return self.kind.signature()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
@@ -201,7 +206,7 @@ class Answers(Scoring):
 
     def table(self) -> Table:
         """The same for the terminal."""
-        table = Table(title="Worst and best", title_justify="left", show_lines=True, caption=self.kind.signature())
+        table = Table(title="Worst and best", title_justify="left", show_lines=True, caption=self.signature)
         table.caption_justify = "left"
         table.add_column(self.kind.name, justify="right")
         for name in ("source", "reference", "output"):

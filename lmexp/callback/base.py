@@ -30,6 +30,9 @@ class Scoring(RunCallback):
     shown: int
     """Examples in `table`."""
 
+    signature: str | None = None
+    """How the scores are counted, for papers; None: as their names say."""
+
     measured: dict[str, float]
     """What it measured itself over the last split, besides the task."""
 

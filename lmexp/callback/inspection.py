@@ -71,6 +71,9 @@ class Inspection(RunCallback):
             return []
         batch = next(iter(data.loader("validation", 1)))
         inputs = each_tensor(batch, lambda t: t[:1].to(trainer.strategy.root_device))["inputs"]
+        if "decoder_tokens" in inputs and inputs["decoder_tokens"].shape == inputs["tokens"].shape:
+            # without the last column, which the others don't see, a map's shape says which side its rows are of
+            inputs = {name: x[:, :-1] if name.startswith("decoder_") else x for name, x in inputs.items()}
         eager = torch.compiler.set_stance("force_eager")
         with recorded_attention() as record, trainer.precision_plugin.forward_context(), eager:
             model(**inputs)
@@ -84,7 +87,11 @@ class Inspection(RunCallback):
             rows = tokens if weights.shape[1] == len(tokens) else written
             columns = tokens if weights.shape[2] == len(tokens) else written
             n = self.tokens
-            maps.append((str(layer % len(record)), weights[:, :n, :n].cpu().numpy(), rows[:n], columns[:n]))
+            name = str(layer % len(record))
+            if written is not tokens:
+                across = weights.shape[1] != weights.shape[2]
+                name += "-target-over-source" if across else "-target" if rows is written else "-source"
+            maps.append((name, weights[:, :n, :n].cpu().numpy(), rows[:n], columns[:n]))
         return maps
 
 

@@ -123,8 +123,8 @@ def answer(probabilities: list[float], names: tuple[str, ...], multilabel: bool)
 
 def figures(told: Predictions, names: tuple[str, ...]) -> dict[str, Figure]:
     """Tag -> picture."""
-    drawn = {"reliability": reliability(told), "precision_recall": precision_recall(told, names)}
-    return drawn if told.multilabel else {"confusion": confusion(told, names), **drawn}
+    table = confusions(told, names) if told.multilabel else confusion(told, names)
+    return {"confusion": table, "reliability": reliability(told), "precision_recall": precision_recall(told, names)}
 
 
 def confusion(told: Predictions, names: tuple[str, ...]) -> Figure:
@@ -145,6 +145,29 @@ def confusion(told: Predictions, names: tuple[str, ...]) -> Figure:
             for x in range(n):
                 color = "white" if shares[y, x] > 0.5 else "black"
                 axes.text(x, y, str(counts[y, x]), ha="center", va="center", color=color, fontsize=9)
+    return figure
+
+
+def confusions(told: Predictions, names: tuple[str, ...]) -> Figure:
+    """Where texts may have several labels: of each of the first classes how many texts have it, and whether it was
+    told; shares of those that have it, and of those that don't."""
+    from matplotlib.figure import Figure
+
+    names = names[:_MOST_NAMED]
+    has, says = (x[:, : len(names)].bool().numpy() for x in (told.labels, told.told))
+    counts = np.stack([(has & says).sum(0), (has & ~says).sum(0), (~has & says).sum(0), (~has & ~says).sum(0)], 1)
+    of = np.stack([has.sum(0)] * 2 + [(~has).sum(0)] * 2, 1)
+    shares = counts / np.maximum(1, of)
+    figure = Figure(figsize=(5.2, 1.6 + 0.35 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set(title="Confusion")
+    axes.set_xticks(range(4), ["told", "missed", "told wrongly", "not told"])
+    axes.set_yticks(range(len(names)), names)
+    for y in range(len(names)):
+        for x in range(4):
+            color = "white" if shares[y, x] > 0.5 else "black"
+            axes.text(x, y, str(counts[y, x]), ha="center", va="center", color=color, fontsize=9)
     return figure
 
 

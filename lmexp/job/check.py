@@ -253,6 +253,13 @@ def check_objective(cfg: DictConfig, made: dict[str, Any]) -> None:
     single = [part.name for part in data.parts if len(part.languages) == 1]
     if single and not objective.reads_texts:
         raise UserError(_NEEDS_PAIRS.format(name=name, but=f"the corpus has single texts ({', '.join(single[:3])})"))
+    written = sorted({part.languages[-1] for part in data.parts})
+    if isinstance(objective, TextToText) and len(written) > 1:
+        raise UserError(
+            f"objective {name} does not tell the model which language to write, and the corpus has pairs to write "
+            f"{', '.join(written[:5])} in; choose pairs with one such language, as in data.corpus.languages=[en,de], "
+            "or for data=cldr data.corpus.pairs=[[en,de]]."
+        )
     known = getattr(model, "n_languages", 0)
     if isinstance(objective, TranslationLM) and objective.language_embeddings and known < len(data.corpus.languages):
         raise UserError(

@@ -86,7 +86,8 @@ def evaluate(plan: Plan) -> float:
             write_json_lines(Path(job.predictions), scoring.records())
             terminal.print(f"Written to {job.predictions}.")
         if plan.config.out is not None:
-            write_json(Path(plan.config.out), values)
+            signature = None if scoring is None else scoring.signature
+            write_json(Path(plan.config.out), values | ({"signature": signature} if signature else {}))
             terminal.print(f"Written to {plan.config.out}.")
     return float(values[f"{job.split}/loss"])
 

@@ -9,7 +9,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
@@ -173,7 +174,7 @@ def train_in(
             files.link_last_and_best(directory.checkpoints, entry["step"], entry["best"]["step"])
             events.end_hparams(logger.experiment)
             logger.finalize("success")
-        _test(cfg, parts, data, task, session, world_size)
+        _test(cfg, parts, data, task, session, logger, world_size)
         return _finish(cfg, session, rank)
 
     trainer = build_trainer(cfg, world_size, parts.callbacks, checkpoint_files, logger)
@@ -187,11 +188,13 @@ def train_in(
             terminal.print(f"\n[bold]A sample[/bold]\n{escape(callback.latest[0])}\n")
     session.metrics["seconds"] = session.seconds
     session.metrics["steps"] = trainer.global_step
-    _test(cfg, parts, data, task, session, world_size)
+    _test(cfg, parts, data, task, session, logger, world_size)
     return _finish(cfg, session, rank)
 
 
-def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session, world_size: int) -> None:
+def _test(
+    cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session: Session, logger: Any, world_size: int
+) -> None:
     """Score the test split of a task, if there is one, once, with the best checkpoint."""
     scoring = next((callback for callback in parts.callbacks if isinstance(callback, Scoring)), None)
     if scoring is None or "test" not in data.corpus.splits or session.metrics.get("pruned"):
@@ -201,9 +204,26 @@ def _test(cfg: DictConfig, parts: Parts, data: TextData, task: BaseTask, session
     path = files.resolve(str(session.directory.path))
     load_weights(task, files.load(path, whole=False), str(path))
     measured = measured_on(cfg, data, task, scoring, "test", None, world_size)
-    session.metrics |= {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
+    values = {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
+    session.metrics |= values
+    if isinstance(logger, TensorBoardLogger):
+        step = int(session.metrics.get("steps", session.steps_before))
+        for tag, value in values.items():
+            logger.experiment.add_scalar(tag, value, step)
+        logger.experiment.add_text("test", _page(values, scoring.signature), step)
+        logger.experiment.close()
     if scoring.shown:
         session.terminal.print(scoring.table())
+
+
+def _page(values: Mapping[str, float], signature: str | None) -> str:
+    """Scores beside half the widths of their intervals, for TensorBoard."""
+    lines = ["| score | value | 95 % interval |", "|---|---:|---:|"]
+    for tag, value in values.items():
+        if not tag.endswith("_ci"):
+            half = values.get(f"{tag}_ci")
+            lines.append(f"| {tag} | {value:.4g} | {'' if half is None else f'± {half:.2g}'} |")
+    return "\n".join(lines) + (f"\n\n{signature}" if signature else "")
 
 
 def measured_on(
@@ -330,7 +350,10 @@ def _session(
     peak = peak_flops(device, bf16=precision_of(cfg) != "32-true")
     n_parameters = sum(p.numel() for p in task.model.parameters())
     hparams = {
-        **{group: plan.choices[group] for group in ("data", "tokenizer", "model", "optimizer", "schedule")},
+        **{group: plan.choices[group] for group in _COMPARED},
+        **({"decoding": plan.choices["decoding"]} if cfg.callback.get("answers") is not None else {}),
+        **({"init_from": str(cfg.init_from)} if cfg.init_from is not None else {}),
+        **({"lora.rank": task.lora.rank} if task.lora is not None else {}),
         **{key: cfg[key] for key in ("seed", "batch_size", "max_steps") if cfg[key] is not None},
         **({} if data.batch_tokens is None else {"batch_tokens": data.batch_tokens}),
         "block_size": data.block_size,
@@ -349,7 +372,7 @@ def _session(
         validate_every=cfg.validate_every,
         log_every=cfg.log_every,
         use=_use(data),
-        shown=_shown(task, parts),
+        shown=_shown(task, parts, data),
         bits=data.objective.bits,
         peak_flops=None if peak is None else peak * world_size,
         max_seconds=seconds_of(cfg.max_time),
@@ -370,10 +393,16 @@ def _use(data: TextData) -> tuple[str, str] | None:
     return None if data.family == "encoder" else ("Write with it", "job=generate")
 
 
-def _shown(task: Any, parts: Parts) -> tuple[str, ...]:
-    measuring = [task.metric, *(c for c in parts.callbacks if isinstance(c, Scoring))]
-    names = [f"val/{name}" for one in measuring for name in getattr(one, "names", ()) if "/" not in name]
-    return (*names, "train/loss", "speed/tokens_per_second")
+_COMPARED = ("data", "tokenizer", "model", "objective", "task", "optimizer", "schedule")
+"""Groups whose options HPARAMS compares."""
+
+
+def _shown(task: Any, parts: Parts, data: TextData) -> tuple[str, ...]:
+    scoring = [c for c in parts.callbacks if isinstance(c, Scoring)]
+    splits = ["val", "test"] if scoring and "test" in data.corpus.splits else ["val"]
+    names = [name for one in (task.metric, *scoring) for name in getattr(one, "names", ()) if "/" not in name]
+    found = [f"{split}/{name}" for split in splits for name in names]
+    return (*found, "train/loss", "speed/tokens_per_second")
 
 
 def _model_table(model: torch.nn.Module) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lmexp.metric.summarization import bootstrap as mean_interval
-from lmexp.metric.summarization import half_width
+from lmexp.metric.summarization import half_width, lengths, mean, ratio
 
 SCORES = ("bleu", "chrf", "ter", "exact_match", "length_ratio")
 """What `scores` gives."""
@@ -39,12 +38,8 @@ def scores(outputs: Sequence[str], references: Sequence[str], bootstrap: int = 0
         result[name] = float(metric._compute_score_from_stats(counts.sum(0).tolist()).score)
         if bootstrap:
             result[f"{name}_ci"] = half_width(partial(_of_drawn, metric, counts), len(counts), bootstrap)
-    result["exact_match"] = sum(o == r for o, r in zip(outputs, references, strict=True)) / len(outputs)
-    if bootstrap:
-        result["exact_match_ci"] = mean_interval([o == r for o, r in zip(outputs, references, strict=True)], bootstrap)
-    words = sum(len(reference.split()) for reference in references)
-    result["length_ratio"] = sum(len(output.split()) for output in outputs) / max(1, words)
-    return result
+    result |= mean([float(o == r) for o, r in zip(outputs, references, strict=True)], "exact_match", bootstrap)
+    return result | ratio(lengths(outputs, references), "length_ratio", bootstrap)
 
 
 def _of_drawn(metric: Any, counts: np.ndarray, rows: np.ndarray) -> float:

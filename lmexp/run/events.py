@@ -59,7 +59,8 @@ def _belongs(event: object, step: int) -> bool:
     if event.HasField("file_version"):  # type: ignore[attr-defined]
         return True
     tags = [value.tag for value in event.summary.value]  # type: ignore[attr-defined]
-    return event.step <= step and SESSION_END not in tags  # type: ignore[attr-defined]
+    tested = any(tag.startswith("test/") for tag in tags)  # the test split is scored again at the end
+    return event.step <= step and SESSION_END not in tags and not tested  # type: ignore[attr-defined]
 
 
 def add_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:

@@ -21,7 +21,7 @@ from lmexp.run import checkpoint as files
 from lmexp.tokenizer.bpe import BPE
 from lmexp.tokenizer.tokenizer import Tokenizer
 from tests.job.test_job_objectives import data as paired_files
-from tests.runs import ROOT, TINY, checkpoint, corpus, plan, run, scalars
+from tests.runs import ROOT, TINY, checkpoint, corpus, pages, plan, run, scalars
 
 NEED_A_TEXT = ("shakespeare_char",)
 PAPERS = {
@@ -109,19 +109,8 @@ def test_the_curves(finished: Path) -> None:
 
 
 def test_texts_and_hparams(finished: Path) -> None:
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.plugins.hparams import plugin_data_pb2
-
-    texts: dict[str, list[int]] = {}
-    records = []
-    for path in finished.glob("events.*"):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                kind = value.metadata.plugin_data.plugin_name
-                if kind == "text":
-                    texts.setdefault(value.tag.removesuffix("/text_summary"), []).append(event.step)
-                if kind == "hparams":
-                    records.append(plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content))
+    found, records = pages(finished)
+    texts = {tag: [step for step, _ in of] for tag, of in found.items() if isinstance(of[0][1], str)}
     assert texts == {"config": [0], "data": [0], "model": [0], "samples/0": [5, 10, 12]}
     experiment = next(r.experiment for r in records if r.HasField("experiment"))
     assert "val/loss" in {info.name.tag for info in experiment.metric_infos}

@@ -61,6 +61,7 @@ def test_several_labels_score_as_scikit_learns() -> None:
     assert got["f1"] == pytest.approx(sk.f1_score(y, told, average="macro"), rel=1e-6)
     assert got["matthews"] == pytest.approx(sk.matthews_corrcoef(y.ravel(), told.ravel()), abs=1e-6)
     assert got["auroc"] == pytest.approx(sk.roc_auc_score(y, probabilities, average="macro"), rel=1e-5)
+    assert got["ece"] == pytest.approx(ece(probabilities.ravel(), y.ravel()), abs=1e-6)
     p = probabilities.astype(np.float64)
     assert got["loss"] == pytest.approx(-np.mean(np.where(y == 1, np.log(p), np.log(1 - p))), rel=1e-5)
 

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from lmexp.metric.summarization import SCORES, bootstrap, lead, novel_ngrams, rouge, scores
+from lmexp.metric.summarization import SCORES, bootstrap, lead, novel_ngrams, ratio, rouge, scores, sentences
 
 WORDS = ["run", "running", "runs", "quickly", "the", "cats", "cat", "of", "12", "jump"]
 SHORT = ["a", "be", "cow", "dot"]
@@ -46,7 +46,29 @@ def test_rouge_is_that_of_rouge_score() -> None:
     for place, (output, reference) in enumerate(zip(outputs, references, strict=True)):
         for kind, score in scorer.score(reference, output).items():
             assert found[kind][place] == pytest.approx(100 * score.fmeasure)
-    assert list(found) == ["rouge1", "rouge2", "rougeL"]
+    assert list(found) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+
+
+def test_rouge_of_sentences_is_that_of_rouge_score() -> None:
+    """Texts whose sentences are known stand on lines for rouge-score, beside one another for ours."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    draw = random.Random(4)
+    scorer = RougeScorer(["rougeL", "rougeLsum"], use_stemmer=True)
+    higher = 0
+    for _ in range(60):
+        sides = [
+            [" ".join(draw.choices(WORDS, k=draw.randint(1, 6))) + draw.choice([".", "!", '?"']) for _ in range(n)]
+            for n in (draw.randint(0, 4), draw.randint(1, 4))
+        ]
+        output, reference = (draw.choice([" ", "\n", "\n\n"]).join(side) for side in sides)
+        assert [sentences(output), sentences(reference)] == sides
+        expected = scorer.score("\n".join(sides[1]), "\n".join(sides[0]))
+        found = rouge([output], [reference])
+        for kind, score in expected.items():
+            assert found[kind] == [pytest.approx(100 * score.fmeasure)]
+        higher += found["rougeLsum"][0] > found["rougeL"][0]
+    assert higher > 10
 
 
 def test_rouge_by_brute_force() -> None:
@@ -63,21 +85,25 @@ def test_rouge_stems_and_drops_what_is_not_ascii() -> None:
     assert rouge(["cats running"], ["cat runs"])["rouge2"] == [pytest.approx(100)]
     assert rouge(["Straße"], ["Stra e"])["rouge1"] == [pytest.approx(100)], "ß ends a word"
     assert rouge(["日本語のテスト"], ["日本語のテスト"])["rougeL"] == [0], "nothing is left to compare"
-    assert rouge([], []) == {"rouge1": [], "rouge2": [], "rougeL": []}
+    assert rouge([], []) == {"rouge1": [], "rouge2": [], "rougeL": [], "rougeLsum": []}
     with pytest.raises(ValueError, match="zip"):
         rouge(["a"], [])
 
 
+def novel(outputs: list[str], sources: list[str], n: int) -> float:
+    return ratio(novel_ngrams(outputs, sources, n), "share", 0)["share"]
+
+
 def test_novel_ngrams_by_hand() -> None:
     source = "The cat sat on the mat. It slept."
-    assert novel_ngrams(["the cat sat"], [source], 2) == 0
-    assert novel_ngrams(["A cat sat, on a mat"], [source], 1) == pytest.approx(1 / 5), "a, of a cat sat on mat"
-    assert novel_ngrams(["A cat sat, on a mat"], [source], 2) == pytest.approx(3 / 5), "a cat, on a, a mat"
-    assert novel_ngrams(["no no no no"], [source], 2) == 1, "no no, once"
+    assert novel(["the cat sat"], [source], 2) == 0
+    assert novel(["A cat sat, on a mat"], [source], 1) == pytest.approx(1 / 5), "a, of a cat sat on mat"
+    assert novel(["A cat sat, on a mat"], [source], 2) == pytest.approx(3 / 5), "a cat, on a, a mat"
+    assert novel(["no no no no"], [source], 2) == 1, "no no, once"
     # 1 of 2 and 0 of 1: counts add up, shares do not
-    assert novel_ngrams(["the cat ran", "it slept"], [source, source], 2) == pytest.approx(1 / 3)
-    assert novel_ngrams(["cat", ""], [source, source], 2) == 0, "too short to have any"
-    assert novel_ngrams(["die Grüße"], ["die grüße aus Köln"], 2) == 0
+    assert novel(["the cat ran", "it slept"], [source, source], 2) == pytest.approx(1 / 3)
+    assert novel(["cat", ""], [source, source], 2) == 0, "too short to have any"
+    assert novel(["die Grüße"], ["die grüße aus Köln"], 2) == 0
 
 
 @pytest.mark.parametrize(
@@ -127,8 +153,19 @@ def test_scores_of_all_pairs() -> None:
     assert found["lead_rougeL"] == pytest.approx((f_measure(3, 3, 4) + f_measure(2, 3, 2)) / 2)
     again = scores(outputs, references, sources, bootstrap=100)
     assert {name: again[name] for name in SCORES} == found
-    assert set(again) - set(found) == {"rouge1_ci", "rouge2_ci", "rougeL_ci"}
+    assert set(again) - set(found) == {f"{name}_ci" for name in SCORES}
     assert again["rougeL_ci"] == bootstrap(rouge(outputs, references)["rougeL"], 100) > 0
+
+
+def test_the_interval_of_a_ratio_is_that_of_its_spread() -> None:
+    """Against the delta method: the variance of a ratio of means."""
+    draw = random.Random(1)
+    pairs = [(b * draw.uniform(0.6, 1.4), float(b)) for b in (draw.randint(5, 30) for _ in range(400))]
+    found = ratio(pairs, "r", 2000)
+    value = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+    assert found["r"] == pytest.approx(value)
+    spread = stdev(a - value * b for a, b in pairs) / fmean(b for _, b in pairs) / 400**0.5
+    assert found["r_ci"] == pytest.approx(1.96 * spread, rel=0.06)
 
 
 def test_edges() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmexp.metric.text_to_text import SCORES, scores, sentence_chrf, signatures
 
@@ -51,11 +54,45 @@ def test_the_interval_narrows_with_more_pairs() -> None:
     assert 0 < many < few
 
 
-def test_chrf_and_ter_are_sacrebleus() -> None:
+WORDS = ["the", "cat", "cats", "Grüße", "日本語", "a.b", "it's", "-", "&quot;", "\u2028"]
+WORD = st.one_of(st.sampled_from(WORDS), st.text())
+TEXT = st.lists(WORD, max_size=12).map(" ".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6), st.booleans())
+def test_bleu_chrf_and_ter_are_sacrebleus(pairs: list[tuple[str, str]], same: bool) -> None:
     import sacrebleu
 
-    for outputs, references in ((OUTPUTS, REFERENCES), (["", "日本語"], ["Grüße", "日本"]), (["a b c"], ["c b a d"])):
-        found = scores(outputs, references, bootstrap=10)
-        assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(outputs, [references]).score)
-        assert found["ter"] == pytest.approx(sacrebleu.corpus_ter(outputs, [references]).score)
-        assert {"chrf_ci", "ter_ci", "exact_match_ci"} <= found.keys()
+    outputs, references = ([pair[side] for pair in pairs] for side in (0, 0 if same else 1))
+    found = scores(outputs, references)
+    for name, corpus_score in (
+        ("bleu", sacrebleu.corpus_bleu),
+        ("chrf", sacrebleu.corpus_chrf),
+        ("ter", sacrebleu.corpus_ter),
+    ):
+        assert found[name] == pytest.approx(corpus_score(outputs, [references]).score, rel=1e-9), name
+
+
+def test_intervals_are_those_of_resampled_pairs() -> None:
+    """Half the range of the middle 95 % of 2000 resamplings, made here by other draws."""
+    import sacrebleu
+
+    draw = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "dogs", "bark"]
+    references = [" ".join(draw.choices(words, k=draw.randint(4, 12))) for _ in range(60)]
+    outputs = [" ".join(w if draw.random() < 0.8 else draw.choice(words) for w in r.split()) for r in references]
+    found = scores(outputs, references, bootstrap=1000)
+    for name, corpus_score, resamples in (
+        ("bleu", sacrebleu.corpus_bleu, 1000),
+        ("chrf", sacrebleu.corpus_chrf, 400),
+        ("ter", sacrebleu.corpus_ter, 150),
+    ):
+        drawn = []
+        for _ in range(resamples):
+            rows = draw.choices(range(60), k=60)
+            drawn.append(corpus_score([outputs[i] for i in rows], [[references[i] for i in rows]]).score)
+        drawn.sort()
+        half = (drawn[int(0.975 * resamples)] - drawn[int(0.025 * resamples)]) / 2
+        assert found[f"{name}_ci"] == pytest.approx(half, rel=0.25 if name == "ter" else 0.15), name
+    assert {"exact_match_ci", "length_ratio_ci"} <= found.keys()
