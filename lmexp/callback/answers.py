@@ -54,22 +54,33 @@ class Kind(NamedTuple):
     """What to cite with the scores."""
 
 
-_KINDS = {
-    "translation": Kind(
+def _translation(tokenize: str) -> Kind:
+    text_to_text.check_tokenizer(tokenize)
+    return Kind(
         text_to_text.SCORES,
-        lambda outputs, references, sources, bootstrap: text_to_text.scores(outputs, references, bootstrap),
+        lambda outputs, references, sources, resamples: text_to_text.scores(outputs, references, resamples, tokenize),
         "chrF",
         lambda answers: [text_to_text.sentence_chrf(a.output, a.reference) for a in answers],
-        text_to_text.signatures,
-    ),
-    "summarization": Kind(
+        lambda: text_to_text.signatures(tokenize),
+    )
+
+
+def _summarization(tokenize: str) -> Kind:
+    if tokenize != "13a":
+        raise UserError(
+            f"callback.answers.tokenize={tokenize} is of BLEU, and callback.answers.score=summarization has none; set "
+            "it to 13a."
+        )
+    return Kind(
         summarization.SCORES,
         summarization.scores,
         "rougeL",
         lambda answers: summarization.rouge([a.output for a in answers], [a.reference for a in answers])["rougeL"],
         lambda: None,
-    ),
-}
+    )
+
+
+_KINDS = {"translation": _translation, "summarization": _summarization}
 
 
 def fitted(sampling: Sampling | Beam, objective: TextToText, block_size: int, family: Family) -> Sampling | Beam:
@@ -115,7 +126,13 @@ class Answers(Scoring):
     sampling: Sampling | Beam
 
     def __init__(
-        self, examples: int | None, batch_size: int, shown: int, bootstrap: int, score: str = "translation"
+        self,
+        examples: int | None,
+        batch_size: int,
+        shown: int,
+        bootstrap: int,
+        score: str = "translation",
+        tokenize: str = "13a",
     ) -> None:
         if score not in _KINDS:
             raise UserError(f"callback.answers.score={score}; expected {' or '.join(_KINDS)}.")
@@ -129,7 +146,7 @@ class Answers(Scoring):
                 raise UserError(f"callback.answers.{name}={value}; expected a whole number of at least {least}.")
         if bootstrap == 1:
             raise UserError("callback.answers.bootstrap=1; one resample has no interval: expected 0, or some hundreds.")
-        self.kind = _KINDS[score]
+        self.kind = _KINDS[score](tokenize)
         self.names = self.kind.names
         """What is measured under val/."""
         self.examples = examples

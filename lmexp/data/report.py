@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +47,53 @@ class SplitReport:
         """Tokens for each word (Rust et al. 2021, section 4.1), document ends included; high where the vocabulary
         does not know a language."""
         return self.tokens / max(1, self.words)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens texts have, marks not counted, and what of them is cut."""
+
+    texts: int
+    """How many there are."""
+
+    mean: float
+    """Tokens of a text."""
+
+    median: float
+    """The same in the middle."""
+
+    most: tuple[float, float]
+    """What 95 and what 99 of 100 have at most."""
+
+    longest: int
+    """Tokens of the longest."""
+
+    cut: int
+    """Texts that are too long."""
+
+    lost: int
+    """Tokens that are cut off them."""
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, lost: np.ndarray) -> Lengths:
+        """Of texts with so many tokens (n,), n at least 1, of which so many (n,) are cut off."""
+        median, *most = np.quantile(tokens, (0.5, 0.95, 0.99)).tolist()
+        return cls(
+            *(len(tokens), float(tokens.mean()), median, (most[0], most[1]), int(tokens.max())),
+            *(int((lost > 0).sum()), int(lost.sum())),
+        )
+
+
+def lengths_markdown(lengths: Mapping[str, Lengths]) -> str:
+    """For TensorBoard's text page: a row for each split and text."""
+    lines = [
+        "| tokens of a text | texts | mean | median | 95 % | 99 % | longest | cut | tokens lost |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, x in lengths.items():
+        numbers = f"{x.mean:.1f} | {x.median:.0f} | {x.most[0]:.0f} | {x.most[1]:.0f} | {x.longest:,}"
+        lines.append(f"| {name} | {x.texts:,} | {numbers} | {x.cut:,} ({x.cut / x.texts:.1%}) | {x.lost:,} |")
+    return "\n".join(lines)
 
 
 _HEADER = ("split", "documents", "tokens", "bytes", "bytes/token", "tokens/word", "unknown", "fragments", "longest")

@@ -21,7 +21,7 @@ from lmexp.data.mixture import InTurn, Mixed, MixtureOrder, Pairs, Side, SizedSo
 from lmexp.data.order import BlockOrder
 from lmexp.data.packing import PackedTokens, SequentialTokens, TokenFile, evaluation_batches, stride_of
 from lmexp.data.parted import SmoothedTexts, is_parted, parts_of
-from lmexp.data.report import DataReport, SplitReport
+from lmexp.data.report import DataReport, Lengths, SplitReport
 from lmexp.data.resplit import Resplit
 from lmexp.data.stream import StreamBatches, TokenStream
 from lmexp.tokenizer.tokenizer import Tokenizer, TokenizerConfig
@@ -301,21 +301,22 @@ class TextData(LightningDataModule):
         """The labels (n,) or (n, classes) and groups (n,) of a split whose texts have some; see `labels_of`."""
         return labels_of(self.corpus, cast(Split, split))  # type: ignore[arg-type]
 
-    def cut(self) -> dict[str, tuple[int, int, int]]:
-        """What of whole texts is too long to be read: the split and what is read -> how many texts there are, how many
-        of them are cut, and how many tokens are lost; empty for objectives that read all of any text."""
+    def lengths(self) -> dict[str, Lengths]:
+        """How long whole texts are, and what of them is too long to be read: the split and what is read; empty for
+        objectives that read all of any text."""
         objective = self.objective
         if not isinstance(objective, ReadsWholeTexts):
             return {}
-        found: dict[str, tuple[int, int, int]] = {}
+        found: dict[str, Lengths] = {}
         for part, caches in zip(self.parts, self._caches, strict=True):
             for split in caches[0].report.splits:
                 lengths = np.stack([np.diff(cache.offsets(split)) - 1 for cache in caches], 1)
                 lost = objective.lost(lengths, self.block_size, self.family)
+                if lost.shape[1] < lengths.shape[1]:  # read as one
+                    lengths = lengths.sum(1, keepdims=True)
                 for number, name in enumerate(objective.read_texts):
                     of = f"{split} {part.name} {name}" if is_parted(self.corpus) else f"{split} {name}"
-                    column = lost[:, number]
-                    found[of] = (len(column), int((column > 0).sum()), int(column.sum()))
+                    found[of] = Lengths.of(lengths[:, number], lost[:, number])
         return found
 
     def left_out(self) -> dict[str, tuple[int, int]]:

@@ -14,7 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lmexp.contracts import UserError
 
-ADDED = {"data.bpe_dropout": 0.0, "data.batch_tokens": None, "data.corpus.skip_incomplete": True}
+ADDED = {
+    "data.bpe_dropout": 0.0,
+    "data.batch_tokens": None,
+    "data.corpus.skip_incomplete": True,
+    "callback.answers.tokenize": "13a",
+}
 """Keys that the configurations of the first runs lack, and the values that mean what these runs did."""
 
 

@@ -28,6 +28,7 @@ from lmexp.callback.guard import Guard, Rollback
 from lmexp.callback.pruning import Pruning
 from lmexp.callback.samples import Samples
 from lmexp.contracts import ReadsWholeTexts, UserError
+from lmexp.data.report import lengths_markdown
 from lmexp.data.text import TextData
 from lmexp.job.build import (
     Parts,
@@ -288,11 +289,16 @@ def cut_lines(data: TextData) -> list[str]:
         for name, (count, n) in data.left_out().items()
     ]
     return empty + [
-        f"Too long for the model and cut: {cut:,} of {n:,} {name} ({cut / n:.1%}), {lost:,} tokens lost. "
-        "See data.block_size and objective.max_*."
-        for name, (n, cut, lost) in data.cut().items()
-        if cut
+        f"Too long for the model and cut: {of.cut:,} of {of.texts:,} {name} ({of.cut / of.texts:.1%}), {of.lost:,} "
+        "tokens lost. See data.block_size and objective.max_*."
+        for name, of in data.lengths().items()
+        if of.cut
     ]
+
+
+def _lengths_page(data: TextData) -> list[str]:
+    lengths = data.lengths()
+    return [lengths_markdown(lengths)] if lengths else []
 
 
 def refuse_changes(cfg: DictConfig, before: dict[str, Any]) -> None:
@@ -379,7 +385,7 @@ def _session(
         progress=None if cfg.sweep.dir is None or terminal.is_quiet else directory.progress,
         texts={
             "config": "".join(f"    {line}\n" for line in plan.yaml.splitlines()),
-            "data": "\n\n".join([data.report.markdown(), *cut_lines(data)]),
+            "data": "\n\n".join([data.report.markdown(), *cut_lines(data), *_lengths_page(data)]),
             "model": _model_table(task.model),
         },
         hparams=hparams,

@@ -80,3 +80,12 @@ def test_initial_weights_with_another_tokenizer(tmp_path: Path) -> None:
 def test_a_metric_that_does_not_fit_the_task(tmp_path: Path) -> None:
     go(tmp_path, [*labels.arguments(tmp_path), "callback.checkpoint.monitor=val/bleu"], "val/bleu", "val/accuracy")
     go(tmp_path, [*texts.arguments(tmp_path), "metric=classification"], "metric=ClassificationScores", "labels")
+
+
+def test_several_languages_to_write(tmp_path: Path) -> None:
+    args = [*without(texts.arguments(tmp_path), "data.corpus.train", "data.corpus.validation", "data.corpus.test")]
+    for split in ("train", "validation"):
+        table = tmp_path / f"{split}.tsv"
+        table.write_text("en\tde\tfr\none\teins\tun\n" * 2, encoding="utf-8")
+        args.append(f"data.corpus.{split}={table}")
+    go(tmp_path, [*args, "data.corpus.languages=[en,de,fr]"], "does not tell the model which language", "de, fr")

@@ -42,10 +42,12 @@ def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
     curves = scalars(run_dir)
     assert [step for step, _ in curves["val/bleu"]] == [3, 6]
 
-    # the same from the checkpoint, on one process, on two and on two that share it out
+    # the same from the checkpoint, on one process, on two and on two that share it out, to the last example
+    told = []
     for name, more in (("one", []), ("two", ["trainer=ddp_sim"]), ("shared", ["trainer=tp_fsdp_sim"])):
         out = tmp_path / f"{name}.json"
-        asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", f"out={out}", *more]
+        rows = tmp_path / f"{name}.jsonl"
+        asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", f"out={out}", f"job.predictions={rows}", *more]
         if more:
             done = run(*asked)
             assert done.returncode == 0, done.stderr
@@ -54,6 +56,9 @@ def test_a_translation_run_scores_its_test_split(tmp_path: Path) -> None:
         measured = json.loads(out.read_text())
         for key in ("test/bleu", "test/chrf", "test/exact_match", "test/length_ratio", "test/loss"):
             assert measured[key] == pytest.approx(metrics[key], rel=1e-6), key
+        told.append(rows.read_text(encoding="utf-8"))
+    assert len(told[0].splitlines()) == 120
+    assert told == [told[0]] * 3
 
     # two processes train and score as one does
     for trainer in ("ddp_sim", "tp_fsdp_sim"):
@@ -161,6 +166,16 @@ def test_prediction_writes_what_the_evaluation_scored(tmp_path: Path) -> None:
         done = run("job=predict", *common, f"job.input={long}")
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_the_best_bleu_ends_a_run(tmp_path: Path) -> None:
+    """At a rate of 0 no validation is better than the first."""
+    run_dir = tmp_path / "run"
+    asked = ["optimizer.lr=0", "optimizer=adamw", "callback.early_stopping.patience=2", "max_steps=30"]
+    monitor = ["callback.checkpoint.monitor=val/bleu", "callback.checkpoint.mode=max"]
+    train(plan(*arguments(tmp_path), *asked, *monitor, f"paths.run_dir={run_dir}"))
+    assert json.loads((run_dir / "metrics.json").read_text())["steps"] == 9
+    assert (run_dir / "checkpoints" / "best.ckpt").resolve().name == "step-000000003.ckpt"
 
 
 def test_summaries_are_scored_beside_the_lead(tmp_path: Path) -> None:

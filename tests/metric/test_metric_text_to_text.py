@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmexp.metric.text_to_text import SCORES, scores, sentence_chrf, signatures
+from lmexp.contracts import UserError
+from lmexp.metric.text_to_text import SCORES, check_tokenizer, scores, sentence_chrf, signatures
 
 OUTPUTS = ["the cat sat on the mat", "a dog ran to it", "yes"]
 REFERENCES = ["the cat sat on a mat today", "a dog ran to it", "no"]
@@ -72,6 +73,18 @@ def test_bleu_chrf_and_ter_are_sacrebleus(pairs: list[tuple[str, str]], same: bo
         ("ter", sacrebleu.corpus_ter),
     ):
         assert found[name] == pytest.approx(corpus_score(outputs, [references]).score, rel=1e-9), name
+
+
+def test_tokenizers_of_bleu_are_sacrebleus() -> None:
+    import sacrebleu
+
+    outputs, references = ["日本語のテストです。", "猫が好き"], ["日本語の試験です。", "犬が好きだ"]
+    for tokenize in ("13a", "zh", "char"):
+        expected = sacrebleu.corpus_bleu(outputs, [references], tokenize=tokenize).score
+        assert scores(outputs, references, tokenize=tokenize)["bleu"] == pytest.approx(expected)
+    assert "|tok:char|" in signatures("char")
+    with pytest.raises(UserError, match=r"callback.answers.tokenize=13b; expected 13a, char"):
+        check_tokenizer("13b")
 
 
 def test_intervals_are_those_of_resampled_pairs() -> None:

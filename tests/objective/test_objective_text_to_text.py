@@ -85,6 +85,39 @@ def test_long_texts_are_cut() -> None:
     assert TextToText().lengths(BLOCK, "encoder_decoder") == (BLOCK, BLOCK)
 
 
+def test_a_decoders_source_has_what_the_target_leaves() -> None:
+    assert TextToText().lengths(BLOCK, "decoder") == (BLOCK // 2, BLOCK - BLOCK // 2)
+    assert TextToText(max_target=5).lengths(BLOCK, "decoder") == (BLOCK - 5, 5)
+    assert TextToText(max_source=9).lengths(BLOCK, "decoder") == (9, BLOCK - 9)
+    with pytest.raises(UserError, match=rf"max_source=3 and max_target={BLOCK - 2} tokens beside one another"):
+        TextToText(max_target=BLOCK - 2).lengths(BLOCK, "decoder")
+
+
+def test_of_a_decoder_the_source_may_be_scored_too() -> None:
+    """Every token but the first is told, each at the place before it, and the bytes are those of both."""
+    tokens = tokenizer()
+    samples = [sample(tokens, i, *p) for i, p in enumerate(PAIRS)]
+    batch = TextToText(score_source=True).collate(tokens, "decoder")(samples, BLOCK, 0)
+    assert batch["n_bytes"].sum() == sum(len(text) for pair in PAIRS for text in pair)
+    inputs = batch["inputs"]
+    told = []
+    for row, labels in enumerate(batch["labels"]):
+        for number in range(int(inputs["documents"][row].max()) + 1):
+            places = (inputs["documents"][row] == number).nonzero().flatten()
+            scored = batch["scored"][row][labels != IGNORE_INDEX]
+            here = [
+                (int(p), int(t)) for p, t in zip(scored, labels[labels != IGNORE_INDEX], strict=True) if p in places
+            ]
+            assert [p for p, _ in here] == places.tolist()
+            assert [t for _, t in here[:-1]] == inputs["tokens"][row, places[1:]].tolist()
+            told.append([t for _, t in here])
+    expected = []
+    for source, target in PAIRS:
+        read, write = ([int(i) for i in row] for row in tokens.encode([source, target]))
+        expected.append([*read, tokens.roles["sep"], *write, tokens.eos_id])
+    assert sorted(told) == sorted(expected)
+
+
 def test_rows_have_room_for_one_longest_target() -> None:
     """Else a row of several short sources would make the decoder's side of all rows as long as its targets together."""
     tokens = tokenizer()
