@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -332,14 +333,16 @@ def _code_of(codes: list[int]) -> int:
     return INTERRUPTED if set(wrong) == {INTERRUPTED} else 1
 
 
-def _follow_the_launcher() -> None:
-    """End this process at once when the one that launched it is gone, however that ended."""
+def _follow_the_launcher(folder: Path) -> None:
+    """End this process at once when the one that launched it is gone, however that ended, and take away its folder,
+    which it could not."""
     handle = os.environ.pop(_LEASH, None)
     if handle is None:
         return
 
     def wait() -> None:
         os.read(int(handle), 1)  # nothing is ever written: it returns when the other end closes
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="leash").start()
@@ -347,7 +350,7 @@ def _follow_the_launcher() -> None:
 
 def main(plan_file: str, result_file: str) -> None:
     """What a rank runs: the plan of a file; rank 0 writes to another the metric, or what went wrong."""
-    _follow_the_launcher()
+    _follow_the_launcher(Path(plan_file).parent)
     code = 0
     told: dict[str, Any] = {}
     try:

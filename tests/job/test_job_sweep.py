@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -78,7 +79,9 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, devices: int) -> None:
+def test_a_sweep_that_is_killed_goes_on(
+    tmp_path: Path, devices: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Bar: 12 jobs, one crashes, one diverges, the controller is killed midway."""
     args = sweeping(
         tmp_path,
@@ -88,6 +91,10 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, devices: int) -> None:
         *planted(crash="[0.01,2]", spoil="[0.02,3]"),
         *(["trainer=ddp_sim", "trainer.devices=2"] if devices == 2 else []),
     )
+    scratch = Path(tempfile.mkdtemp())  # no deeper: it holds sockets, whose paths may not be long
+    request.addfinalizer(lambda: shutil.rmtree(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    shared = set(Path("/dev/shm").iterdir())
     first = subprocess.Popen(
         command(*args),
         env=environment(args),
@@ -126,14 +133,23 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, devices: int) -> None:
                 assert entry.attempts == 1
     assert not processes_of(tmp_path)  # and with them no port
 
-    single = found[0] if found[0].status == "done" else found[1]  # as one run by itself
+    assert not [path for path in scratch.iterdir() if not path.name.startswith("torchinductor_")]  # torch's own cache
+    assert set(Path("/dev/shm").iterdir()) <= shared
+
+    # the report's numbers are those of the jobs, each run by itself
+    table = csv.DictReader((tmp_path / "sweep" / "report.csv").read_text().splitlines())
+    rows = {tuple(row[key] for key in found[0].point): row for row in table}
+    assert len(rows) == 12
     alone = [o for o in args[1:] if not o.startswith(("hydra.", "seeds", "optimizer.lr", "model.n_layers"))]
-    alone += [f"{key}={value}" for key, value in single.point.items()]
-    again = sweep(*alone, f"paths.run_dir={tmp_path / 'alone'}")
-    assert again.returncode == 0, again.stderr
-    expected = json.loads((tmp_path / "alone" / "metrics.json").read_text())
-    for name in ("val/loss", "train/loss", "val/bits_per_byte"):
-        assert single.metrics[name] == expected[name]
+    good = [entry for entry in found if entry.status == "done"]
+    for number, entry in enumerate(good if devices == 1 else good[:1]):
+        run_dir = tmp_path / f"alone-{number}"
+        again = sweep(*alone, *(f"{key}={value}" for key, value in entry.point.items()), f"paths.run_dir={run_dir}")
+        assert again.returncode == 0, again.stderr
+        expected = json.loads((run_dir / "metrics.json").read_text())
+        row = rows[tuple(entry.point.values())]
+        for name in ("val/loss", "train/loss", "val/bits_per_byte"):
+            assert float(row[name]) == entry.metrics[name] == expected[name]
 
 
 @pytest.mark.slow
