@@ -11,9 +11,10 @@ import itertools
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,11 +36,19 @@ from lmexp.job.search import Interval, Search, Space, SweepSettings, check_space
 from lmexp.run.directory import write_atomically, write_json
 from lmexp.run.ledger import ENDED_WELL, Entry, Ledger, key_of
 
-HOW = ("trainer", "logger", "log_every", "callback.progress")
+HOW = (
+    *("trainer", "logger", "log_every", "callback.progress", "data.num_workers", "data.prefetch"),
+    *(f"callback.checkpoint.{name}" for name in ("every_steps", "every_minutes", "keep", "background")),
+)
 """Keys that say how, not what: unless a sweep varies them, a job with another value is the same job."""
 
 NOT_CONTENT = ("paths", "resume", "seeds", "sweep", "callback.checkpoint.sharded")
 """Keys that are no part of what a job computes."""
+
+
+def _is_under(key: str, names: Sequence[str]) -> bool:
+    """Whether the key of an override is one of these or stands below one."""
+    return any(f"{key.lstrip('+')}.".startswith(f"{name}.") for name in names)
 
 
 def run_job(plan: Plan) -> float:
@@ -91,7 +100,7 @@ class Jobs:
             for parent in parents:
                 node = node.get(parent) or {}
             node.pop(last, None)
-        varied = {key: value for key, value in point.items() if key.lstrip("+").split(".")[0] in HOW}
+        varied = {key: value for key, value in point.items() if _is_under(key, HOW)}
         key = key_of({"config": plain, "how": varied})
         entry = self.ledger.read(key)
         if entry is None:
@@ -187,16 +196,16 @@ class LmexpSweeper(Sweeper):
         jobs = Jobs(self.context, self.config, ledger)
         seeds = seeds_of(self.config, space)
         searching = settings.method != "grid" or settings.pruner is not None
-        if searching and len(seeds or ()) > 1:
+        if settings.pruner is not None and len(seeds or ()) > 1:
             raise UserError(
-                f"seeds={self.config.seeds} with a search or a pruner: a trial is one run. Search first, then sweep "
-                "the best values over seeds."
+                f"seeds={self.config.seeds} with sweep.pruner={settings.pruner}, which compares single runs while they "
+                "go on; set sweep.pruner=null, or sweep the best values over seeds when the search is done."
             )
-        if seeds is not None:
+        if seeds is not None and not searching:
             space["seed"] = [str(seed) for seed in seeds]
         try:
             if searching:
-                ended = self._search(settings, fixed, space, ledger, jobs)
+                ended = self._search(settings, fixed, space, seeds or [], ledger, jobs)
             else:
                 ended = self._grid(settings, fixed, space, ledger, jobs)
         finally:
@@ -236,71 +245,101 @@ class LmexpSweeper(Sweeper):
         return [ledger.read(key) or by_key[key].entry for key in by_key]
 
     def _search(
-        self, settings: SweepSettings, fixed: list[str], space: Space, ledger: Ledger, jobs: Jobs
+        self, settings: SweepSettings, fixed: list[str], space: Space, seeds: list[int], ledger: Ledger, jobs: Jobs
     ) -> list[Entry]:
+        """`seeds`: those that each trial is a job for; none: one job, whatever its seed."""
+
+        def points_of(values: dict[str, str]) -> list[dict[str, str]]:
+            return [values | {"seed": str(seed)} for seed in seeds] or [values]
+
         sample = {k: v[0] if not isinstance(v, Interval) else v.text(v.low) for k, v in space.items()}
-        first = jobs.make(_with(fixed, sample), sample)  # errors before anything is begun
-        for key, values in space.items():  # a value that fits nowhere, too
-            for value in () if isinstance(values, Interval) else values[1:]:
-                point = sample | {key: value}
+        (point, *_) = points_of(sample)
+        first = jobs.make(_with(fixed, point), point)  # errors before anything is begun
+        for key, several in space.items():  # a value that fits nowhere, too
+            for value in () if isinstance(several, Interval) else several[1:]:
+                (point, *_) = points_of(sample | {key: value})
                 jobs.make(_with(fixed, point), point)
+        each = len(seeds) or 1
         if isinstance(self.launcher, LmexpLauncher):
-            slots = len(slots_for(first.plan, settings.slots, settings.trials))
+            slots = len(slots_for(first.plan, settings.slots, settings.trials * each))
         elif settings.slots == "auto":
-            raise UserError("A search over another launcher needs sweep.slots, the number of trials to run at a time.")
+            raise UserError("A search over another launcher needs sweep.slots, the number of jobs to run at a time.")
         else:
             slots = int(settings.slots)
         self._begin(ledger, settings, fixed, [f"{k}={v}" for k, v in space.items()])
-        common = dict(o.lstrip("+").split("=", 1) for o in fixed if not o.lstrip("+").startswith((*HOW, *NOT_CONTENT)))
+        content = [o for o in fixed if not _is_under(o.split("=", 1)[0], (*HOW, *NOT_CONTENT))]
+        common = dict(o.lstrip("+").split("=", 1) for o in content) | ({"seeds": str(seeds)} if seeds else {})
         search = Search(settings, ledger.sweep_dir, space, slots > 1, common)
-        known: dict[int, Entry] = {e.trial: e for e in ledger.entries() if e.trial is not None}
+        known: dict[int, list[Entry]] = {}  # trial -> its jobs
+        for entry in ledger.entries():
+            if entry.trial is not None:
+                known.setdefault(entry.trial, []).append(entry)
         again = iter(search.unfinished())
+        ready: deque[Job] = deque()  # of a trial that is begun
         run: list[Entry] = []  # in this call
-        twins: dict[str, list[int]] = {}  # trials with the values of a job that runs
+        twins: dict[int, list[int]] = {}  # trials with the values of one that runs
+
+        def settle(number: int, *also: int) -> bool:
+            """Tell the search what came of a trial, once all of its jobs have ended; whether they have."""
+            entries = [ledger.read(entry.key) or entry for entry in known[number]]  # some may be another command's
+            if any(entry.status in ("waiting", "running", "stopped") for entry in entries):
+                return False
+            values: list[float] | None = None
+            if all(e.status == "done" and all(name in e.metrics for name in settings.monitors) for e in entries):
+                values = [fmean(entry.metrics[name] for entry in entries) for name in settings.monitors]
+            pruned = any(entry.status == "pruned" for entry in entries)
+            for one in also or (number, *twins.pop(number, ())):
+                search.tell(one, values, pruned=pruned)
+            return True
 
         def ended(entry: Entry) -> None:
             if entry.status in ("stopped", "running"):
                 return  # the trial goes on with the next call, or in another process
             run.append(entry)
-            found = [entry.metrics.get(name) for name in settings.monitors]
-            values = None if any(v is None for v in found) or entry.status != "done" else cast(list[float], found)
             assert entry.trial is not None
-            for number in (entry.trial, *twins.pop(entry.key, ())):
-                search.tell(number, values, pruned=entry.status == "pruned")
+            settle(entry.trial)
+
+        def begin(number: int, values: dict[str, str]) -> None:
+            """Make ready what is left to run of a trial."""
+            points = points_of(values)
+            try:
+                made = [jobs.make(_with(fixed, point), point, number) for point in points]
+            except (UserError, HydraException, OmegaConfBaseException) as error:  # values that do not fit together
+                entry = jobs.refused(_with(fixed, points[0]), points[0], number, str(error))
+                known[number] = [entry]
+                board.say(entry)
+                ended(entry)
+                return
+            owner = made[0].entry.trial
+            assert owner is not None
+            if owner != number:  # the same values as an earlier trial's
+                known.setdefault(owner, [job.entry for job in made])
+                if not settle(owner, number):
+                    twins.setdefault(owner, []).append(number)
+                return
+            known[number] = [job.entry for job in made]
+            left = [job for job in made if job.entry.status not in ENDED_WELL]
+            for job in left:
+                if ledger.read_file(job.entry.key) is None:
+                    ledger.write(job.entry)
+            ready.extend(left)
+            if not left:  # the process was killed between the end and the telling
+                run.extend(known[number])
+                settle(number)
 
         def source() -> Job | None:
-            while True:
+            while not ready:
                 drawn = next(again, None) or search.next()
                 if drawn is None:
                     return None
-                number, values = drawn
-                overrides = _with(fixed, values)
-                try:
-                    job = jobs.make(overrides, values, number)
-                except (UserError, HydraException, OmegaConfBaseException) as error:  # values that do not fit together
-                    entry = jobs.refused(overrides, values, number, str(error))
-                    known[number] = entry
-                    board.say(entry)
-                    ended(entry)
-                    continue
-                entry = job.entry
-                if entry.trial != number and entry.status in ("running", "waiting"):
-                    twins.setdefault(entry.key, []).append(number)
-                    continue
-                if entry.trial != number:  # the same values as an earlier trial's: its result is known
-                    found = [entry.metrics.get(name) for name in settings.monitors]
-                    told = None if any(v is None for v in found) else cast(list[float], found)
-                    search.tell(number, told, pruned=entry.status == "pruned")
-                    continue
-                known[number] = entry
-                if entry.status in ENDED_WELL:  # the process was killed between the end and the telling
-                    ended(entry)
-                    continue
-                if ledger.read_file(entry.key) is None:
-                    ledger.write(entry)
-                return job
+                begin(*drawn)
+            return ready.popleft()
 
-        board = Board(lambda: list(known.values()), search.total, settings.monitors[0])
+        board = Board(
+            lambda: [entry for entries in known.values() for entry in entries],
+            search.total * each,
+            settings.monitors[0],
+        )
         self._run(settings, source, ended, ledger, jobs, board, first.plan, slots)
         return run
 

@@ -158,7 +158,9 @@ def test_a_sweep_grows_and_runs_only_what_is_missing(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert not processes_of(tmp_path)
     before = {e.key: e.attempts for e in Ledger(tmp_path / "sweep").entries()}
-    grown = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02,0.03", "seed=1"))  # 1 is the default: the same jobs
+    # 1 is the default, and how the batches are made and when it is saved is no matter: the same jobs
+    same = ("seed=1", "data.num_workers=1", "callback.checkpoint.every_steps=5")
+    grown = sweep(*sweeping(tmp_path, "optimizer.lr=0.01,0.02,0.03", *same))
     assert grown.returncode == 0, grown.stderr
     assert "3 jobs, 2 of them done already" in grown.stdout
     after = {e.key: e.attempts for e in Ledger(tmp_path / "sweep").entries()}
@@ -370,6 +372,36 @@ def test_trials_with_the_same_values_share_what_comes_of_them(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_trial_is_as_good_as_its_seeds_on_average(tmp_path: Path) -> None:
+    """Killed once in the midst of a trial; the search goes on from the mean of what both seeds of each trial made."""
+    space = ("sweep=random", "sweep.trials=3", "seeds=[4,9]", "sweep.slots=1")
+    args = sweeping(
+        tmp_path, *space, "optimizer.lr=tag(log,interval(1e-3,1e-1))", *planted(crash="[9,9]", spoil="[9,9]")
+    )
+    process = subprocess.Popen(command(*args), env=environment(args), stdout=subprocess.DEVNULL)
+    ledger = Ledger(tmp_path / "sweep")
+    while sum(e.status == "done" for e in ledger.entries() if ledger.exists()) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = sweep(*args)
+    assert done.returncode == 0, done.stderr
+    found = ledger.entries()
+    assert [(e.trial, e.seed, e.status) for e in found] == [(n, s, "done") for n in range(3) for s in (4, 9)]
+    trials = running_trial(settings(method="random", dir=str(tmp_path / "sweep"), trial=0)).study.trials
+    for trial in trials:
+        mine = [e for e in found if e.trial == trial.number]
+        assert {e.point["optimizer.lr"] for e in mine} == {str(trial.params["optimizer.lr"])}
+        assert trial.value == pytest.approx(sum(e.metrics["val/loss"] for e in mine) / 2, rel=1e-12)
+    means = list(csv.DictReader((tmp_path / "sweep" / "means.csv").read_text().splitlines()))
+    assert [row["runs"] for row in means] == ["2"] * 3
+    other = sweep(*(a.replace("[4,9]", "[4,8]") for a in args))
+    assert other.returncode == 2
+    assert "seeds: was [4, 9], now [4, 8]" in other.stderr
+
+
+@pytest.mark.slow
 def test_values_that_do_not_fit_together_are_a_failed_trial(tmp_path: Path) -> None:
     """Each fits with the first values of the others, so it is seen only when its turn comes; the others run on."""
     values = ("schedule=cosine,constant", "optimizer.lr=0.01,${schedule.final}", "sweep.pruner=median")
@@ -418,7 +450,10 @@ def test_two_commands_share_a_search(tmp_path: Path) -> None:
             "looks for the best of one number",
         ),
         (["sweep=tpe", "optimizer.lr=interval(1,0.1)"], "expected a lower and a higher number"),
-        (["sweep=tpe", "optimizer.lr=interval(0.1,1)", "seeds=3"], "a trial is one run"),
+        (
+            ["sweep=tpe", "optimizer.lr=interval(0.1,1)", "seeds=3", "sweep.pruner=median"],
+            "compares single runs while they go on; set sweep.pruner=null",
+        ),
         (["optimizer.lr=1,2", "sweep.mode=up"], "expected min or max"),
         (["optimizer.lrr=1,2"], "optimizer.lrr"),
         (["sweep=random", "optimizer.lr=interval(0.1,1)", "schedule=linear,cosin"], "cosin"),
