@@ -148,9 +148,24 @@ class Checkpoint(RunCallback):
         if trainer.world_size > 1:
             # the processes agree through the CPU, so that no step waits for a GPU
             self._votes = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            self._refuse_other_beginnings(trainer)
         if threading.current_thread() is threading.main_thread():
             # here, because Lightning has set its own by now
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+
+    def _refuse_other_beginnings(self, trainer: Trainer) -> None:
+        """Raise `StorageError` unless all processes go on from the same step and sample: each has looked for the last
+        checkpoint by itself."""
+        own = torch.tensor([trainer.global_step, trainer.datamodule.samples_seen])  # type: ignore[attr-defined]
+        all_of_them = [torch.empty_like(own) for _ in range(trainer.world_size)]
+        dist.all_gather(all_of_them, own, group=self._votes)
+        steps, samples = torch.stack(all_of_them).T.tolist()
+        if len(set(zip(steps, samples, strict=True))) > 1:
+            raise StorageError(
+                f"The processes go on from different places, after the steps {steps} and the samples {samples}: they "
+                f"do not see the same files in {self.session.directory.checkpoints}. Put the run on a disk that all "
+                "machines share, wait until its writes are seen everywhere, and start the same command again."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

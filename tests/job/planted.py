@@ -27,6 +27,13 @@ class Planted(RunCallback):
                 next(pl_module.parameters()).fill_(float("nan"))
 
 
+class Elsewhere(RunCallback):
+    """The second process goes on from another sample."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.datamodule.samples_seen += 8 * trainer.global_rank  # type: ignore[attr-defined]
+
+
 class Rows(RunCallback):
     """Writes a line for each step and device: what its rows of the batch were."""
 

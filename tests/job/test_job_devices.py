@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from lmexp.contracts import StorageError
+from lmexp.job.evaluate import evaluate
+from lmexp.job.export import export
 from lmexp.job.train import train
 from lmexp.run import checkpoint as files
 from tests.runs import ROOT, TINY, assert_same, checkpoint, corpus, plan, run, scalars
@@ -263,15 +265,43 @@ def two_nodes(args: list[str]) -> list[subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
-def test_two_machines(tmp_path: Path, trainer: str) -> None:
-    """Bar: two nodes of torchrun on loopback train to the losses of one process."""
-    options = ("model=llama",)
+@pytest.mark.parametrize(
+    ("trainer", "family", "optimizer", "sharded"),
+    [
+        ("ddp_sim", "decoder", "muon", "false"),
+        ("fsdp_sim", "decoder", "adamw", "true"),
+        ("fsdp_sim", "encoder_decoder", "muon", "true"),
+        ("fsdp_sim", "encoder", "muon", "false"),
+    ],
+)
+def test_two_machines(tmp_path: Path, trainer: str, family: str, optimizer: str, sharded: str) -> None:
+    """Bar: two nodes of torchrun on loopback train to the losses of one process; one process goes on with what they
+    saved, and it becomes one file with the same weights."""
+    options = (*FAMILIES[family], *OPTIMIZERS[optimizer])
     train(plan(*arguments(tmp_path, "one", *options)))
-    for done in two_nodes(arguments(tmp_path, "two", *options, f"trainer={trainer}")):
+    how = (f"trainer={trainer}", f"callback.checkpoint.sharded={sharded}", "max_steps=10")
+    for done in two_nodes(arguments(tmp_path, "two", *options, *how)):
         assert done.returncode == 0, done.stderr
+    saved = tmp_path / "two.ckpt"
+    export(plan("job=export", f"ckpt={tmp_path / 'two'}", "format=checkpoint", f"out={saved}"))
+    train(plan(*arguments(tmp_path, "two", *options, "resume=auto")))
     assert_curves(tmp_path / "one", tmp_path / "two", 1e-4)
-    assert (tmp_path / "two" / "metrics.json").exists()
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["steps"] == STEPS
+    assert torch.load(saved, weights_only=True)["lmexp"]["step"] == 10
+    measured = evaluate(plan("job=evaluate", f"ckpt={saved}", "trainer=cpu"))
+    assert measured == pytest.approx(dict(scalars(tmp_path / "two")["val/loss"])[10], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_go_on_from_different_places_end(tmp_path: Path) -> None:
+    args = arguments(tmp_path, "two", "model=llama", "trainer=ddp_sim", "+callback.planted._target_=planted.Elsewhere")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *args], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 1
+    assert "after the steps [0, 0] and the samples [0, 8]: they do not see the same files" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from lmexp.contracts import StorageError, UserError
 from lmexp.job.check import check, seconds_of
 from lmexp.job.errors import exit_code_of_errors
+from lmexp.job.evaluate import evaluate
 from lmexp.job.train import refuse_changes, train
 from tests.runs import ROOT, TINY, checkpoint, command, corpus, plan, run
 
@@ -349,7 +350,8 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path, trained: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting needs root")
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, sharded: bool) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], check=False).returncode:
@@ -357,6 +359,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     try:
         args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={disk / 'run'}"]
         args += ["max_steps=40", "validate_every=2", "callback.checkpoint.keep=100"]
+        args += ["trainer=fsdp_sim", "callback.checkpoint.sharded=true"] if sharded else []
         done = run(*args)
         assert done.returncode == 1  # nothing was asked wrongly
         assert "is full" in done.stderr
@@ -365,6 +368,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         kept = checkpoint(disk / "run")
         assert 2 <= kept["lmexp"]["step"] < 40
         assert not list((disk / "run" / "checkpoints").glob(".*tmp"))
+        assert evaluate(plan("job=evaluate", f"ckpt={disk / 'run'}", "trainer=cpu", "job.max_blocks=2")) > 0
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         again = run(*args, "resume=auto")
         assert again.returncode == 0, again.stderr

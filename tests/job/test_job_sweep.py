@@ -642,6 +642,44 @@ def test_what_an_outcome_is_called(tmp_path: Path, outcome: Outcome, closing: bo
     assert one.seconds == 2.0
 
 
+def test_a_job_that_cannot_be_started_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for its plan in /tmp, say: it is failed, and the next one runs in its slot."""
+    ledger = Ledger(tmp_path)
+    ledger.path.mkdir(parents=True, exist_ok=True)
+    entries = [Entry(f"k{n}", [], {"n": str(n)}, 1, str(tmp_path / f"run{n}")) for n in range(2)]
+    started: list[str] = []
+
+    class Broken:
+        processes: tuple[Any, ...] = ()
+        signals: tuple[int, ...] = ()
+
+        def __init__(self, plan: Any, count: int, variables: Any = None, output: Any = None) -> None:
+            if not started:
+                started.append("failed")
+                raise OSError(28, "No space left on device")
+            started.append("went")
+
+        def running(self) -> bool:
+            return False
+
+        def outcome(self) -> Outcome:
+            return Outcome(0, 1.0)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(pool, "Ranks", Broken)
+    monkeypatch.setattr(pool, "device_count", lambda plan: 1)
+    waiting = iter([pool.Job(entry, SimpleNamespace()) for entry in entries])
+    done: list[Entry] = []
+    board = pool.Board(lambda: entries, 2, "val/loss")
+    pool.Pool([pool.Slot()], ledger, "continue", board).run(lambda: next(waiting, None), done.append)
+    assert started == ["failed", "went"]
+    assert [e.status for e in done] == ["failed", "done"]
+    assert "could not be started: [Errno 28] No space left" in done[0].said
+    assert ledger.read("k0").status == "failed"
+
+
 @pytest.mark.parametrize("content", [None, "", '{"metric": '])
 def test_a_job_whose_last_word_is_lost_takes_nothing_with_it(tmp_path: Path, content: str | None) -> None:
     """A full disk for temporary files, or a kill while it is written."""

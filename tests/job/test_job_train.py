@@ -269,6 +269,22 @@ def test_max_time_ends_a_run_as_done(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+def test_max_time_ends_two_processes_together(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={out}", "schedule=cosine"]
+    done = run(*args, "trainer=ddp_sim", "max_time=5s", "max_steps=1000000", "validate_every=1000000")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 0 < metrics["steps"] < 1000000
+    assert checkpoint(out)["lmexp"]["step"] == metrics["steps"]
+    rates = [v for _, v in sorted(scalars(out)["optim/lr"])]
+    assert rates[-1] < 0.1 * max(rates)
+    again = run(*args, "trainer=ddp_sim", "max_time=5s", "max_steps=1000000", "resume=auto", "validate_every=1000000")
+    assert again.returncode == 0, again.stderr
+    assert "nothing is left to train" in again.stdout
+
+
+@pytest.mark.slow
 def test_a_compiled_runs_checkpoint_loads_uncompiled(tmp_path: Path) -> None:
     args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", "max_steps=6", "validate_every=6"]
     train(plan(*args, f"paths.run_dir={tmp_path / 'plain'}"))
