@@ -225,14 +225,18 @@ class Search:
         import optuna
 
         with FileLock(self.sweep_dir / ".study.lock"):  # no two processes draw for the same number
-            trials = self._trials()
+            for trial in self._trials():  # of a process that was killed in the midst of this: it stands for nothing
+                if trial.state == optuna.trial.TrialState.RUNNING and len(trial.params) < len(self.space):
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            trials = [t for t in self._trials() if len(t.params) == len(self.space)]
             number = len(trials)
             if self.settings.method == "grid":
                 tried = [self._values(t.params) for t in trials]  # one that failed is over, too
                 left = [values for values in self._grid if values not in tried]
                 if not left:
                     return None
-                self.study.enqueue_trial(dict(left[0]), skip_if_exists=False)
+                if not self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
+                    self.study.enqueue_trial(dict(left[0]), skip_if_exists=False)
                 sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=0)
             elif number >= self.settings.trials:
                 return None

@@ -558,6 +558,47 @@ def test_a_grid_with_a_pruner_tries_each_point_once(tmp_path: Path) -> None:
     assert sorted(seen) == sorted((a, b) for a in "123" for b in "xy")
 
 
+@pytest.mark.parametrize("method", ["tpe", "grid"])
+def test_a_search_whose_process_is_killed_while_it_draws(tmp_path: Path, method: str) -> None:
+    """At every write to the journal, one after the other: no trial is lost, none comes twice, and all are as before."""
+    from optuna.storages.journal import JournalFileBackend
+
+    space: dict[str, Any] = {"a": ["1", "2", "3"], "b": ["x", "y"]} if method == "grid" else SPACE
+    append = JournalFileBackend.append_logs
+    found = []
+    for deadly in (None, 3, 4, 5, 6, 11, 14):
+        folder = tmp_path / str(deadly)
+        folder.mkdir()
+        writes = 0
+
+        def dying(backend: Any, logs: Any, deadly: int | None = deadly) -> None:
+            nonlocal writes
+            writes += 1
+            if writes == deadly:
+                raise KeyboardInterrupt
+            append(backend, logs)
+
+        JournalFileBackend.append_logs = dying
+        try:
+            told: list[dict[str, str]] = []
+            search = Search(settings(method=method, trials=6), folder, space, several=False)
+            while True:
+                try:
+                    again = search.unfinished()
+                    drawn = again[0] if again else search.next()
+                    if drawn is None:
+                        break
+                    search.tell(drawn[0], [float(len(told))])
+                    told.append(drawn[1])
+                except KeyboardInterrupt:
+                    search = Search(settings(method=method, trials=6), folder, space, several=False)
+        finally:
+            JournalFileBackend.append_logs = append
+        found.append(told)
+    assert len(found[0]) == 6
+    assert found == [found[0]] * len(found)
+
+
 def test_two_controllers_share_a_search(tmp_path: Path) -> None:
     a, b = (Search(settings(trials=10), tmp_path, SPACE, several=True) for _ in range(2))
     numbers = []
