@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optimizer=adamw", "optimizer.lr=0.003"),
     "muon": ("optimizer=muon", "optimizer.lr=0.005"),  # higher ones blow rounding up within these steps
 }
-# at Muon's default rates for the rest, steps of so small a model make of rounding's 1e-7 what lies between 1e-6 and 1e-4
+# at the other groups' default rates so small a model makes of rounding's 1e-7 what lies between 1e-6 and 1e-4
 CALM = (*OPTIMIZERS["muon"], *(f"optimizer.{of}_lr=0.003" for of in ("embedding", "head", "vector")))
 STEPS = 20
 
