@@ -272,6 +272,7 @@ def test_max_time_ends_a_run_as_done(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_max_time_ends_two_processes_together(tmp_path: Path) -> None:
     out = tmp_path / "run"
     args = [*TINY, corpus(tmp_path), f"paths.cache_dir={tmp_path / 'cache'}", f"paths.run_dir={out}", "schedule=cosine"]
+    args.append("schedule.final=0")
     done = run(*args, "trainer=ddp_sim", "max_time=5s", "max_steps=1000000", "validate_every=1000000")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((out / "metrics.json").read_text())
