@@ -21,12 +21,13 @@ def main() -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from lmexp.job.errors import exit_code_of_errors
-    from lmexp.job.start import register_plugins, start
+    from lmexp.job.start import register_plugins, start, with_checkpoint
     from lmexp.run.directory import new_run_id
 
     run_id = new_run_id()  # one for this command: the jobs of a sweep share its directory
     OmegaConf.register_new_resolver("lmexp_run_id", lambda: run_id)
     register_plugins(sys.argv)
+    sys.argv[1:] = with_checkpoint(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def run(cfg: DictConfig) -> float | None:

@@ -175,6 +175,10 @@ class ReadsWholeTexts(Protocol):
         tokens."""
         ...
 
+    def read(self, lengths: np.ndarray, block_size: int, family: Family) -> np.ndarray:
+        """Tokens (n,) that the model reads of such samples, marks included, of encoder and decoder together."""
+        ...
+
 
 class Schedule(Protocol):
     """A learning-rate multiplier as a pure function of the step (`lmexp/schedule`)."""

@@ -72,7 +72,7 @@ class Hub:
     def __post_init__(self) -> None:
         if not self.name:
             raise UserError("corpus.name is not given; expected a hub name or a local folder: data.corpus.name=NAME.")
-        if not self.train:
+        if not self.splits:  # training also needs the split to train on; its job says so
             raise UserError(
                 "corpus.train is null; expected the split to train on, for example data.corpus.train=train."
             )

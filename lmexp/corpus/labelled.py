@@ -129,7 +129,7 @@ class Labelled(ABC):
             raise UserError(
                 f"corpus.text={text}; expected a column, or a list of two: data.corpus.text=[premise,hypothesis]."
             )
-        if "train" not in self.given:
+        if not self.given:  # training also needs the split to train on; its job says so
             raise UserError("corpus.train is not given; expected what to train on: data.corpus.train=NAME.")
         if any(share < 0 for share in fractions.values()) or sum(fractions.values()) >= 1:
             shares = " and ".join(f"corpus.{split}_fraction={share}" for split, share in fractions.items())
@@ -172,6 +172,11 @@ class Labelled(ABC):
         named = self.given_labels or self.declared_labels()
         if named:
             return named
+        if "train" not in self.given:
+            raise UserError(
+                "corpus.train is not given, whose rows have the classes; give it, or name them with "
+                "data.corpus.labels=[...]."
+            )
         read = self._rows("train")
         labels = _in_order(_distinct(read, "label"))
         if len(labels) < (1 if self.multilabel else 2):

@@ -75,7 +75,7 @@ class ParallelFiles(Parted):
     """Where content hashes and rows are kept; None: hashes are not kept, rows in the cache of `datasets`."""
 
     def __post_init__(self) -> None:
-        if not self.train:
+        if not self.splits:  # training also needs the split to train on; its job says so
             raise UserError(
                 "corpus.train is not given; expected a file for each language or a table: "
                 "'data.corpus.train={en: train.en, de: train.de}', or data.corpus.train=train.tsv."
@@ -83,7 +83,8 @@ class ParallelFiles(Parted):
         check_alpha(self.alpha)
         check_use(self.use)
         check_flag("skip_incomplete", self.skip_incomplete)
-        languages = self.languages or (list(self.train) if isinstance(self.train, Mapping) else [])
+        files = next((x for x in (getattr(self, split) for split in self.splits) if isinstance(x, Mapping)), {})
+        languages = self.languages or list(files)
         self.languages = check_languages(languages, 1 if self.use == "languages" else 2)
         for split in self.splits:
             source = getattr(self, split)

@@ -46,6 +46,12 @@ class Resplit:
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [self._resplit(sample) for sample in self.source.samples(indices)]
 
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """(n, texts) int64 tokens of these samples' texts, as they are cut."""
+        return np.array(
+            [[len(s.tokens)] if s.pair is None else [len(s.tokens), len(s.pair.tokens)] for s in self.samples(indices)]
+        )
+
     def _resplit(self, sample: Sample) -> Sample:
         key = np.array([self.seed, sample.index], dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key, counter=_JUMP))

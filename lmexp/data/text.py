@@ -61,7 +61,7 @@ class TextData(LightningDataModule):
             ("batch_tokens", 1 if batch_tokens is None else batch_tokens, 1),
             ("validation_blocks", 1 if validation_blocks is None else validation_blocks, 1),
         ):
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"data.{name}={value}; expected a whole number of at least {least}.")
         if not isinstance(bpe_dropout, (int, float)) or not 0 <= bpe_dropout < 1:
             raise UserError(
@@ -101,7 +101,6 @@ class TextData(LightningDataModule):
         training repeats its first so many samples, to overfit on purpose. `family` is the model's, and so is
         `start_id`, the token that its decoder begins with after an encoder; None: the tokenizer's padding.
         """
-        assert (batch_size is None) != (self.batch_tokens is None), "a batch has one size"  # the job has checked
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size={batch_size}; expected at least 1.")
         if seed < 0:
@@ -139,7 +138,7 @@ class TextData(LightningDataModule):
                 tuple(open_cache(side, self.tokenizer, cached, self.cache_dir, console) for side in part.corpora)
                 for part in self.parts
             ]
-        if not corpus.streaming:
+        if not corpus.streaming and "train" in corpus.splits:
             for part, n in zip(self.parts, self._sizes(), strict=True):
                 self._check_size("train", n, part)
 
@@ -169,7 +168,8 @@ class TextData(LightningDataModule):
     @property
     def shares(self) -> tuple[float, ...]:
         """The probability of each part in training: its tokens to the power of the corpus's alpha, normalised."""
-        tokens = [sum(cache.report.splits["train"].tokens for cache in caches) for caches in self._caches]
+        split = "train" if "train" in self.corpus.splits else self.corpus.splits[0]
+        tokens = [sum(cache.report.splits[split].tokens for cache in caches) for caches in self._caches]
         return tuple(smoothed(tokens, getattr(self.corpus, "alpha", 1.0)))
 
     def drawn(self) -> dict[str, int]:
@@ -225,14 +225,13 @@ class TextData(LightningDataModule):
         """Endless batches of this rank from the cursor on; has no length."""
         recipe = self._recipe(self.seed)
         rank, world_size = self._rank()
+        assert (self.batch_size is None) != (self.batch_tokens is None), "a batch has one size"  # the job has checked
         if self.batch_size is not None and self.batch_size % world_size:
             below = self.batch_size // world_size * world_size
             nearest = " or ".join(str(b) for b in (below, below + world_size) if b)
             raise UserError(
                 f"batch_size={self.batch_size} does not divide over {world_size} devices; set batch_size={nearest}."
             )
-        if self.batch_tokens is not None:
-            self._check_budget(self.batch_tokens, world_size)
         if self.corpus.streaming:
             assert self.batch_size is not None  # no objective of whole texts reads a stream
             size = self.batch_size // world_size
@@ -479,17 +478,19 @@ class TextData(LightningDataModule):
     @cached_property
     def _budget(self) -> TokenBudget:
         assert self.batch_tokens is not None
-        source = cast(TextSource, self._train_texts())
+        source = cast(TextSource, self._train_source())
         return TokenBudget(lambda indices: self._tokens_of(source.lengths(indices)), self.batch_tokens)
 
     def _tokens_of(self, lengths: np.ndarray) -> np.ndarray:
-        """(n,) tokens of samples whose texts have these lengths (n, texts), once they are cut, each with its end."""
+        """(n,) tokens that the model reads of samples whose texts have these lengths (n, texts)."""
         assert isinstance(self.objective, ReadsWholeTexts)  # the job has checked
-        lost = self.objective.lost(lengths, self.block_size, self.family)
-        return lengths.sum(1) - lost.sum(1) + lengths.shape[1]
+        return self.objective.read(lengths, self.block_size, self.family)
 
-    def _check_budget(self, tokens: int, devices: int) -> None:
-        """Raise `UserError` unless a batch has room for a sample on each device."""
+    def check_budget(self, devices: int) -> None:
+        """Raise `UserError` unless a batch has room for a training sample on each device; after `prepare`."""
+        tokens = self.batch_tokens
+        if tokens is None:
+            return
         longest = max(
             int(self._tokens_of(np.stack([np.diff(cache.offsets("train")) - 1 for cache in caches], 1)).max())
             for caches in self._caches

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lmexp.contracts import ReadsWholeTexts, UserError
+from lmexp.contracts import Family, ReadsWholeTexts, UserError
 from lmexp.data.labelled import is_labelled
 from lmexp.data.parted import is_parted
 from lmexp.decoding.generate import Sampling
@@ -70,12 +70,15 @@ def check(cfg: DictConfig, world_size: int, training: bool = True, classes: dict
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
     collect(lambda: check_task(cfg, made))
     collect(lambda: check_objective(cfg, made))
-    collect(lambda: check_batch(cfg, made))
+    if training:
+        collect(lambda: check_batch(cfg, made))
     if not errors and classes is not None:
         made["metric"].bind(**classes)
     elif not errors:
         collect(lambda: bind_metric(made["metric"], made["objective"], made["data"]))
     callbacks = _callbacks(cfg, made, errors, collect) if training else []
+    if training and made["data"] is not None and "train" not in made["data"].corpus.splits:
+        errors.append("data: its corpus has no training split; name one, data.corpus.train=SPLIT_OR_FILE.")
     if training and made["data"] is not None and "validation" not in made["data"].corpus.splits:
         errors.append(
             "data: its corpus has no validation split; name one, data.corpus.validation=SPLIT_OR_FILE, or give part of "
@@ -144,8 +147,8 @@ def check_task(cfg: DictConfig, made: dict[str, Any]) -> None:
 _CLASSIFIER = "lmexp.task.classification.TextClassification"
 
 
-def check_answers(objective: Any, sampling: Any) -> None:
-    """Raise `UserError` unless what is written for sources can be scored."""
+def check_answers(objective: Any, sampling: Any, block_size: int, family: Family) -> None:
+    """Raise `UserError` unless what is written for sources can be scored, and fits."""
     if not isinstance(objective, TextToText):
         raise UserError(
             f"callback.answers decodes the sources of pairs, and objective {type(objective).__name__} has none; choose "
@@ -155,6 +158,12 @@ def check_answers(objective: Any, sampling: Any) -> None:
         raise UserError(
             f"callback.answers scores what is written, and decoding.temperature={sampling.temperature} draws it by "
             "lot; choose decoding=greedy or decoding=beam."
+        )
+    room = objective.lengths(block_size, family)[1]
+    if sampling.min_new_tokens > room:
+        raise UserError(
+            f"decoding.min_new_tokens={sampling.min_new_tokens}, and a target has room for {room} tokens; set it to "
+            "less, or objective.max_target and data.block_size to more."
         )
 
 
@@ -185,8 +194,9 @@ def _callbacks(
             "skip, or a corpus that is not streamed."
         )
     measured = [f"val/{name}" for c in (metric, *made.values()) for name in getattr(c, "names", ())]
-    if "answers" in made and None not in (objective, sampling):
-        collect(lambda: check_answers(objective, sampling))
+    data, model = made_parts["data"], made_parts["model"]
+    if "answers" in made and None not in (objective, sampling, data, model):
+        collect(lambda: check_answers(objective, sampling, data.block_size, model.family))
     if checkpoint is not None and measured and checkpoint.monitor not in measured:
         errors.append(f"callback.checkpoint.monitor={checkpoint.monitor}; expected one of {', '.join(measured)}.")
     stopping = made.get("early_stopping")

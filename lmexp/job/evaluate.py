@@ -56,10 +56,11 @@ def evaluate(plan: Plan) -> float:
     check_out(plan.config.out)
     check_out(job.predictions, "job.predictions")
     terminal = Terminal(quiet=rank > 0)
-    restored = restore(plan, world_size)
+    restored = restore(plan, world_size, job.split)
     scoring = _scoring(restored.cfg)
     if isinstance(scoring, Answers):
-        check_answers(restored.parts.objective, restored.parts.sampling)
+        parts = restored.parts
+        check_answers(parts.objective, parts.sampling, parts.data.block_size, parts.model.family)
     cfg = OmegaConf.merge(restored.cfg, {"max_samples": None})
     data = prepare_data(cfg, restored.parts, terminal, restored.tokenizer)  # type: ignore[arg-type]
     refuse_other_classes(restored, data)

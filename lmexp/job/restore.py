@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmexp.contracts import UserError
 from lmexp.job.build import Parts, build_task
 from lmexp.job.check import check
-from lmexp.job.plan import Plan
+from lmexp.job.plan import ADDED, Plan
 from lmexp.optimizer.sharding import whole_shape
 from lmexp.run import checkpoint as files
 from lmexp.task.base import BaseTask
@@ -22,8 +23,21 @@ from lmexp.tokenizer.tokenizer import Tokenizer
 _ASKED = ("job", "ckpt", "out", "format", "trainer", "paths", "decoding", "seed")
 """What the command line decides also where there is a checkpoint; the rest is the checkpoint's, `data` either's."""
 
-_KEPT = ("block_size", "document_mask")
+_KEPT = ("block_size", "document_mask", "batch_tokens")
 """Keys of `data` that stay the checkpoint's when another data set is named."""
+
+
+_OF_SCORING = (
+    *(f"callback.answers.{key}" for key in ("batch_size", "shown", "bootstrap", "tokenize")),
+    *("callback.predictions.shown", "metric.bootstrap"),
+)
+"""What may be asked for anew of the parts that score, which else are the checkpoint's."""
+
+_BY_SPLIT = tuple(
+    f"lmexp.corpus.{name}"
+    for name in ("labelled.LabelledFiles", "labelled.LabelledHub", "parallel_files.ParallelFiles", "hub.HubTranslation")
+)
+"""Corpora whose splits are named one by one."""
 
 
 @dataclass
@@ -52,8 +66,8 @@ class Restored:
     """Those of a classifier, as `classes_of` gives them."""
 
 
-def restore(plan: Plan, world_size: int) -> Restored:
-    """Read the checkpoint that `ckpt=` names and rebuild what it holds.
+def restore(plan: Plan, world_size: int, split: str | None = None) -> Restored:
+    """Read the checkpoint that `ckpt=` names and rebuild what it holds; with `split`, of the corpus only that one.
 
     Raises `UserError` for a missing or damaged one, for one whose configuration and weights do not belong together,
     and for overrides of what a checkpoint decides.
@@ -64,6 +78,8 @@ def restore(plan: Plan, world_size: int) -> Restored:
     checkpoint = files.load(path, whole=False)
     entry = checkpoint["lmexp"]
     cfg = merged(plan, entry["config"])
+    if split is not None:
+        _leave_only(split, cfg, entry.get("classes"))
     parts = check(cfg, world_size, training=False, classes=entry.get("classes"))
     tokenizer = Tokenizer.from_json(entry["tokenizer"])
     task = build_task(cfg, parts, tokenizer.vocab_size)
@@ -86,13 +102,16 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
             cfg[key] = plan.config[key]
     if "decoding" not in overrides and "seed" in overrides and "seed" in cfg.decoding:
         cfg.decoding.seed = plan.config.seed
-    for key, override in overrides.items():
+    for key in sorted(overrides, key=lambda key: key != "data"):  # a data set comes before its keys
+        override = overrides[key]
         top = key.split(".")[0]
         if key == "data":
             kept = {name: saved["data"][name] for name in _KEPT if f"data.{name}" not in overrides}
             cfg.data = OmegaConf.merge(plan.config.data, kept)
-        elif top == "data" or (top == "decoding" and key != top):
-            OmegaConf.update(cfg, key, OmegaConf.select(plan.config, key))
+        elif top == "data" or key in _OF_SCORING or (top == "decoding" and key != top):
+            if OmegaConf.select(cfg, key, default=_ABSENT) is _ABSENT and key not in _ADDED_LATER:
+                raise UserError(f"{override}: {_unknown(cfg, key)}")
+            OmegaConf.update(cfg, key, OmegaConf.select(plan.config, key), force_add=True)
         elif key == "paths.cache_dir" and "data" not in overrides:
             cfg.data.cache_dir = plan.config.paths.cache_dir
             if "cache_dir" in cfg.data.corpus:
@@ -102,10 +121,47 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
         elif top not in _ASKED:
             raise UserError(
                 f"{override}: with ckpt= the checkpoint decides this. Leave it out; what can be set is "
-                f"{', '.join(('data', *_ASKED))}."
+                f"{', '.join(('data', *_ASKED, *_OF_SCORING))}."
             )
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+_ABSENT = object()
+_ADDED_LATER = tuple(ADDED)
+"""Keys that configurations of before may lack."""
+
+
+def _unknown(cfg: DictConfig, key: str) -> str:
+    """What is wrong with a key that the checkpoint's configuration has not."""
+    parent, _, last = key.rpartition(".")
+    there = OmegaConf.select(cfg, parent)
+    names = sorted(there) if OmegaConf.is_dict(there) else []
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
+    kind = str(OmegaConf.select(cfg, "data.corpus._target_")).rsplit(".", 1)[-1]
+    of = f" (its corpus is {kind})" if key.startswith("data.") else ""
+    meant = f"Did you mean {parent}.{close[0]}? " if close else ""
+    has = ", ".join(n for n in names if n != "_target_") or "nothing of that name"
+    return (
+        f"the checkpoint's configuration has no such key{of}. {meant}{parent} has {has}; for another data set name it "
+        "as well: data=OPTION."
+    )
+
+
+def _leave_only(split: str, cfg: DictConfig, classes: dict[str, Any] | None) -> None:
+    """Take the other splits out of the corpus, so that nothing of them needs to be there: the classes are known."""
+    corpus = cfg.data.corpus
+    if corpus._target_ not in _BY_SPLIT or corpus.get(split) is None:
+        return  # cut out of another, or not there, which the corpus says
+    OmegaConf.set_readonly(cfg, False)
+    for key in ("train", "validation", "test"):
+        if key != split:
+            corpus[key] = None
+        if f"{key}_fraction" in corpus:
+            corpus[f"{key}_fraction"] = 0.0
+    if classes and corpus.get("labels") is None:
+        corpus.labels = list(classes["classes"])
+    OmegaConf.set_readonly(cfg, True)
 
 
 def refuse_foreign_parts(saved: dict[str, Any]) -> None:

@@ -20,6 +20,19 @@ def register_plugins(command_line: Sequence[str] = ("-m",)) -> None:
         sys.path.append(folder)
 
 
+def with_checkpoint(arguments: Sequence[str]) -> list[str]:
+    """The command line with its keys of `data`, `callback` and `metric` set whether or not the options chosen have
+    them, if it names a checkpoint: that one's configuration says which there are (`restore`). Those of a data set that
+    the command line chooses are left as they are."""
+    if not any(argument.startswith("ckpt=") and argument != "ckpt=null" for argument in arguments):
+        return list(arguments)
+    if {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    chosen = any(argument.startswith("data=") for argument in arguments)
+    groups = ("callback.", "metric.") if chosen else ("data.", "callback.", "metric.")
+    return [f"++{argument}" if argument.startswith(groups) and "=" in argument else argument for argument in arguments]
+
+
 def start(cfg: DictConfig, run_id: str) -> float | None:
     """Run the job; returns its metric for sweepers. A job of lmexp's own sweeper, under another launcher than lmexp's,
     keeps in the sweep's ledger how it ended.

@@ -128,6 +128,7 @@ def train_in(
         origin = find(cfg.init_from, cfg.paths.cache_dir)
         check_fit(origin, cfg)
     data = prepare_data(cfg, parts, terminal)
+    data.check_budget(world_size // cfg.trainer.tensor_parallel)
     record = {
         "config": OmegaConf.to_container(cfg),
         "tokenizer": data.tokenizer.to_json(),
@@ -203,16 +204,18 @@ def _test(
     if dist.is_initialized():
         dist.barrier()  # the first process links the checkpoints after the others have done their part
     path = files.resolve(str(session.directory.path))
-    load_weights(task, files.load(path, whole=False), str(path))
+    scored = files.load(path, whole=False)
+    load_weights(task, scored, str(path))
     measured = measured_on(cfg, data, task, scoring, "test", None, world_size)
     values = {f"test/{name}": value for name, value in measured.items() if name != "tokens"}
-    session.metrics |= values
+    session.metrics |= values | {"test/step": scored["lmexp"]["step"]}
     if isinstance(logger, TensorBoardLogger):
-        step = int(session.metrics.get("steps", session.steps_before))
+        step = int(scored["lmexp"]["step"])
         for tag, value in values.items():
             logger.experiment.add_scalar(tag, value, step)
         logger.experiment.add_text("test", _page(values, scoring.signature), step)
         logger.experiment.close()
+    session.terminal.print(f"Scored on test: {path}, after step {scored['lmexp']['step']}.")
     if scoring.shown:
         session.terminal.print(scoring.table())
 
@@ -406,7 +409,7 @@ _COMPARED = ("data", "tokenizer", "model", "objective", "task", "optimizer", "sc
 def _shown(task: Any, parts: Parts, data: TextData) -> tuple[str, ...]:
     scoring = [c for c in parts.callbacks if isinstance(c, Scoring)]
     splits = ["val", "test"] if scoring and "test" in data.corpus.splits else ["val"]
-    names = [name for one in (task.metric, *scoring) for name in getattr(one, "names", ()) if "/" not in name]
+    names = [n for one in (task.metric, *scoring) for n in getattr(one, "names", ()) if not n.startswith("f1/")]
     found = [f"{split}/{name}" for split in splits for name in names]
     return (*found, "train/loss", "speed/tokens_per_second")
 
@@ -478,7 +481,7 @@ def _finish(cfg: DictConfig, session: Session, rank: int) -> float:
             table.add_row(
                 tag,
                 f"{value:,.0f}"
-                if tag in ("steps", "tokens", "speed/tokens", "parameters", "parameters/trained")
+                if tag in ("steps", "tokens", "speed/tokens", "parameters", "parameters/trained", "test/step")
                 else f"{value:,.4g}",
             )
         session.terminal.print(table)

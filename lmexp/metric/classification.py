@@ -67,8 +67,8 @@ class ClassificationScores(Metric):
 
     Scores, all in [0, 1] but for the loss: `loss`, nats a label; `accuracy`, of whole label sets; `f1`, the mean over
     classes that occur, and `f1/<class>`; `matthews` correlation, in [-1, 1]; `auroc`, the mean over classes, each
-    against the rest; `ece`, the expected calibration error of the most probable class (of each class, where there may
-    be several). For groups of examples `accuracy/<group>`.
+    against the rest, left out where none has a rest; `ece`, the expected calibration error of the most probable class
+    (of each class, where there may be several). For groups of examples `accuracy/<group>`.
     """
 
     full_state_update = False
@@ -98,8 +98,9 @@ class ClassificationScores(Metric):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `compute` gives of all examples together."""
-        return ("loss", "accuracy", "f1", "matthews", "auroc", "ece", *(f"f1/{name}" for name in self.classes))
+        """What `compute` gives."""
+        own = (*(f"f1/{name}" for name in self.classes), *(f"accuracy/{name}" for name in self.group_names))
+        return ("loss", "accuracy", "f1", "matthews", "auroc", "ece", *own)
 
     def update(self, logits: Tensor, labels: Tensor, places: Tensor, groups: Tensor) -> None:
         """Add a batch: logits (N, classes), labels (N,) or (N, classes), places and groups (N,); texts without a label
@@ -145,9 +146,9 @@ class ClassificationScores(Metric):
         n = len(predictions.labels)
         drawn = [self._all(predictions.where(torch.from_numpy(rng.integers(n, size=n)))) for _ in range(self.bootstrap)]
         for name in list(result):
-            values = [scores[name] for scores in drawn if name in scores]
-            low, high = np.nanquantile(values, (0.025, 0.975)) if values else (np.nan, np.nan)
-            result[f"{name}_ci"] = float(high - low) / 2
+            low, high = np.quantile([scores[name] for scores in drawn if name in scores] or [np.nan], (0.025, 0.975))
+            if np.isfinite(high - low):
+                result[f"{name}_ci"] = float(high - low) / 2
         return result
 
     def _all(self, p: Predictions) -> dict[str, float]:
@@ -176,7 +177,8 @@ class ClassificationScores(Metric):
                 )
         occurring = (p.labels.any(0) if p.multilabel else torch.bincount(p.labels, minlength=n) > 0) | _told(p, n)
         result["f1"] = float(f1[occurring].double().mean())
-        result["auroc"] = float(curves[occurs].double().mean()) if occurs.any() else float("nan")
+        if occurs.any():
+            result["auroc"] = float(curves[occurs].double().mean())
         result |= {f"f1/{name}": float(value) for name, value in zip(self.classes, f1, strict=True)}
         for number, group in enumerate(self.group_names):
             of = p.groups == number

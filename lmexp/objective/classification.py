@@ -60,6 +60,11 @@ class Classification:
         room = self.most(block_size) - marks(family, lengths.shape[1])
         return np.maximum(lengths.sum(1, keepdims=True) - room, 0)
 
+    def read(self, lengths: np.ndarray, block_size: int, family: Family) -> np.ndarray:
+        """The texts with their marks, on both sides of an encoder-decoder."""
+        once = lengths.sum(1) - self.lost(lengths, block_size, family)[:, 0] + marks(family, lengths.shape[1])
+        return once * (2 if family == "encoder_decoder" else 1)
+
     def collate(self, tokenizer: Any, family: Family, start_id: int | None = None) -> Collate:
         return _Collate(self, tokenizer, family, tokenizer.pad_id if start_id is None else start_id)
 

@@ -71,6 +71,10 @@ class TextToText:
         room = np.array([source - (2 if family == "decoder" else 1), target - 1])
         return np.maximum(lengths - room, 0)
 
+    def read(self, lengths: np.ndarray, block_size: int, family: Family) -> np.ndarray:
+        """A mark on either side, or two of a decoder's."""
+        return lengths.sum(1) - self.lost(lengths, block_size, family).sum(1) + 2
+
     def prompt(self, source: np.ndarray, tokenizer: Any, family: Family, block_size: int) -> np.ndarray:
         """What the model reads of a source (n,) before it writes, cut to fit."""
         most, _ = self.lengths(block_size, family)

@@ -94,6 +94,8 @@ def test_the_pages_of_a_classifier(tmp_path: Path, kind: str) -> None:
     assert 1 <= len(rows) <= 3
     metrics = json.loads((run_dir / "metrics.json").read_text())
     check_test_scores(run_dir, found, hparams, metrics, ("loss", "accuracy", "f1", "matthews", "auroc", "ece"))
+    shown = next(r.experiment for r in hparams if r.HasField("experiment")).metric_infos
+    assert {"test/accuracy/k0", "val/accuracy/k1"} <= {info.name.tag for info in shown}
     started = next(r.session_start_info for r in hparams if r.HasField("session_start_info"))
     assert started.hparams["objective"].string_value == started.hparams["task"].string_value == "classification"
 
@@ -104,7 +106,7 @@ def check_test_scores(run_dir: Path, found, hparams, metrics, names) -> None:
     infos = next(r.experiment for r in hparams if r.HasField("experiment")).metric_infos
     shown = {info.name.tag for info in infos}
     ((step, page),) = found["test"]
-    assert step == metrics["steps"]
+    assert step == metrics["test/step"] == torch.load(run_dir / "checkpoints" / "best.ckpt")["lmexp"]["step"]
     for name in names:
         assert curves[f"test/{name}"] == [(step, pytest.approx(metrics[f"test/{name}"], rel=1e-6))], name
         assert {f"val/{name}", f"test/{name}"} <= shown

@@ -20,6 +20,7 @@ from lmexp.data.text import TextData
 from lmexp.objective.classification import Classification
 from lmexp.objective.text_to_text import TextToText
 from lmexp.task.base import tokens_read
+from lmexp.tokenizer.bpe import BPE
 from lmexp.tokenizer.byte import Byte
 
 RANDOM = np.random.default_rng(0)
@@ -87,15 +88,31 @@ def test_batches_are_full_and_leave_nothing_out(make) -> None:
     assert list(itertools.chain(*batches)) == list(range(sum(map(len, batches))))
     assert len({len(batch) for batch in batches}) > 1
     source = data._train_source()
-    marks = 1 if data.family == "encoder" else 0  # the budget counts texts with their ends, and not the class token
 
     def read(batch):
-        ones = (data._recipe(1)(source.samples([i])) for i in batch)
-        return sum(int(tokens_read(one)) - marks for one in ones)
+        return sum(int(tokens_read(data._recipe(1)(source.samples([i])))) for i in batch)
 
     for batch in batches:
         assert read(batch) <= 400
         assert read([*batch, batch[-1] + 1]) > 400
+
+
+@pytest.mark.parametrize("kind", ["pairs", "classes"])
+def test_texts_cut_anew_fit_too(tmp_path, kind) -> None:
+    words = ["lower", "lowest", "newer", "newest", "wider", "widest"]
+    lines = [" ".join(RANDOM.choice(words, 9)) for _ in range(80)]
+    for name in ("en", "de"):
+        (tmp_path / f"train.{name}").write_text("\n".join(lines), encoding="utf-8")
+    source = {name: str(tmp_path / f"train.{name}") for name in ("en", "de")}
+    corpus = ParallelFiles(train=source, validation=source, cache_dir=str(tmp_path / "cache"))
+    objective = TextToText() if kind == "pairs" else Classification()
+    corpus = corpus if kind == "pairs" else Labelled(1)
+    options = {"bpe_dropout": 0.3, "batch_tokens": 300}
+    data = TextData(corpus, str(tmp_path / "cache"), 64, False, None, 4, 0, 2, 50, **options)
+    data.configure(BPE(300), objective, None, 1, family="encoder_decoder").prepare()
+    batches = [int(tokens_read(batch)) for batch in itertools.islice(data.train_dataloader(), 30)]
+    assert max(batches) <= 300
+    assert min(batches) > 100
 
 
 def test_the_same_for_any_devices_workers_and_beginning(make) -> None:
@@ -121,6 +138,6 @@ def test_a_few_samples_over_and_over(make) -> None:
 
 def test_too_few_tokens(make) -> None:
     with pytest.raises(UserError, match=r"data.batch_tokens=50: the longest training sample has (\d+) tokens; set"):
-        make(tokens=50).train_dataloader()
+        make(tokens=50).check_budget(1)
     with pytest.raises(UserError, match=r"each of 2 devices gets one; set data.batch_tokens=\d+ or more"):
-        make(tokens=100, world_size=2).train_dataloader()
+        make(tokens=100).check_budget(2)

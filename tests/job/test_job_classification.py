@@ -94,6 +94,54 @@ def test_numbers_do_not_depend_on_how_the_batch_is_split(tmp_path: Path, kind: s
             assert two[name] == pytest.approx(whole[name], **near), name
 
 
+@pytest.mark.slow
+def test_any_file_is_scored_without_those_that_it_was_trained_on(tmp_path: Path) -> None:
+    """A checkpoint that was taken elsewhere: only the split asked for is read; keys are judged by the checkpoint."""
+    run_dir, out = tmp_path / "run", tmp_path / "out.json"
+    args = [*(a for a in arguments(tmp_path) if not a.startswith("batch_size")), "batch_size=null"]
+    args += ["data.batch_tokens=300", f"paths.run_dir={run_dir}"]
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert "Scored on test" in done.stdout
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    other = tmp_path / "other.tsv"
+    rows_of_it = ["sentence\tis"] + [f"{row['text']}\t{row['label']}" for row in rows("single", 13)]
+    other.write_text("\n".join(rows_of_it), encoding="utf-8")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").unlink()
+
+    def scored(*more: str) -> dict[str, float]:
+        done = run("job=evaluate", f"ckpt={run_dir}", "job.split=test", "trainer=cpu", f"out={out}", *more)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, float] = json.loads(out.read_text())
+        return found
+
+    same = scored("metric.bootstrap=0")
+    for name in ("test/accuracy", "test/loss", "test/accuracy/k1"):
+        assert same[name] == pytest.approx(metrics[name], rel=1e-6)
+    assert "test/accuracy_ci" not in same
+    keys = (f"data.corpus.test={other}", "data.corpus.text=sentence", "data.corpus.label=is", "data.corpus.group=null")
+    for more in (keys, ("data=labelled_files", *keys), (*keys, "data=labelled_files")):
+        assert scored(*more)["test/loss"] == pytest.approx(metrics["test/loss"], rel=1e-6)
+    for key, said in (("lable", "Did you mean data.corpus.label?"), ("languages", "its corpus is LabelledFiles")):
+        done = run("job=evaluate", f"ckpt={run_dir}", "job.split=test", f"data.corpus.{key}=[en,de]")
+        assert done.returncode == 2
+        assert said in done.stderr
+    done = run("job=evaluate", f"ckpt={run_dir}", "callback.checkpoint.keep=2")
+    assert done.returncode == 2
+    assert "the checkpoint decides this" in done.stderr
+    without = [a for a in args if not a.startswith(("data.corpus.train", "paths.run_dir"))]
+    done = run(*without, f"paths.run_dir={tmp_path / 'no'}", "data.corpus.labels=[no,yes]")
+    assert done.returncode == 2
+    assert "no training split" in done.stderr
+    few = [a for a in args if not a.startswith(("data.batch_tokens", "data.corpus.train"))]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows("single")), encoding="utf-8")
+    few += [f"data.corpus.train={tmp_path / 'train.jsonl'}", f"data.corpus.validation={other.with_name('test.jsonl')}"]
+    for tokens, code in ((7, 2), (300, 0)):  # nothing was begun, so the directory is free
+        done = run(*few, f"data.batch_tokens={tokens}", f"paths.run_dir={tmp_path / 'few'}", "max_steps=1")
+        assert done.returncode == code, done.stderr
+
+
 def test_a_run_that_crashed_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [*arguments(tmp_path), "task.dropout=0.3", "model.dropout=0.2", "max_steps=12", "validate_every=6"]
     args += ["callback.checkpoint.every_steps=4", "task.class_weights=balanced", "optimizer=adamw"]

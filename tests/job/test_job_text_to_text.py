@@ -168,6 +168,30 @@ def test_prediction_writes_what_the_evaluation_scored(tmp_path: Path) -> None:
         assert said in done.stderr
 
 
+@pytest.mark.slow
+def test_own_pairs_for_the_recipe_and_scoring_them_elsewhere(tmp_path: Path) -> None:
+    """`experiment=translate` takes other files; with the checkpoint only the file that is scored is needed."""
+    small = [a for a in arguments(tmp_path) if not a.startswith(("model=", "objective=", "callback=", "optimizer"))]
+    run_dir, out = tmp_path / "run", tmp_path / "out.json"
+    done = run("experiment=translate", *small, "validate_every=3", f"paths.run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    for name in ("en", "de"):
+        (tmp_path / f"train.{name}").rename(tmp_path / f"moved.{name}")
+    asked = ["job=evaluate", f"ckpt={run_dir}", "job.split=test", "trainer=cpu", f"out={out}"]
+    asked += [f"data.corpus.test={{en:{tmp_path}/moved.en,de:{tmp_path}/moved.de}}"]
+    done = run(*asked, "callback.answers.tokenize=char", "callback.answers.bootstrap=0", "callback.answers.shown=0")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["test/chrf"] == pytest.approx(metrics["test/chrf"], rel=1e-6)
+    assert "|tok:char|" in found["signature"]
+    assert "test/chrf_ci" not in found
+    assert "Worst and best" not in done.stdout
+    done = run("experiment=translate", *small, "decoding.min_new_tokens=120", f"paths.run_dir={tmp_path / 'no'}")
+    assert done.returncode == 2
+    assert "decoding.min_new_tokens=120, and a target has room for 112 tokens" in done.stderr
+
+
 def test_the_best_bleu_ends_a_run(tmp_path: Path) -> None:
     """At a rate of 0 no validation is better than the first."""
     run_dir = tmp_path / "run"
