@@ -1,6 +1,6 @@
 """Multi30k, English to German, from nothing: lmexp beside a Marian model of the same size under Seq2SeqTrainer.
 
-    python benchmarks/translation.py --multi30k FOLDER [--minutes 20] [--together]
+    python benchmarks/translation.py --multi30k FOLDER [--minutes 20] [--seed 1] [--together]
 
 `--multi30k` holds train.en, train.de, val.en and val.de. Both sides train for the same time, with the same tokenizer
 (lmexp's), sentences a batch and label smoothing. lmexp's is the recipe as it is, ended by `max_time`; Transformers' has
@@ -44,7 +44,7 @@ def overrides(folder: Path, cache: Path) -> list[str]:
     ]
 
 
-def side(folder: Path, tokenizer_file: Path, seconds: float) -> dict[str, Any]:
+def side(folder: Path, tokenizer_file: Path, seconds: float, seed: int) -> dict[str, Any]:
     """Transformers' Marian: its parameters, rate, steps, seconds of training and BLEU."""
     import datasets
     import sacrebleu
@@ -69,7 +69,7 @@ def side(folder: Path, tokenizer_file: Path, seconds: float) -> dict[str, Any]:
     train = datasets.Dataset.from_dict({"input_ids": ids(texts["train.en"]), "labels": ids(texts["train.de"])})
 
     def model_of() -> Any:
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         return hf.MarianMTModel(
             hf.MarianConfig(
                 vocab_size=len(tokenizer),
@@ -102,6 +102,7 @@ def side(folder: Path, tokenizer_file: Path, seconds: float) -> dict[str, Any]:
                 output_dir=out,
                 per_device_train_batch_size=BATCH,
                 max_steps=steps,
+                seed=41 + seed,
                 learning_rate=rate,
                 warmup_steps=steps // 10,
                 label_smoothing_factor=SMOOTHING,
@@ -151,23 +152,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--multi30k", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20, help="training on two cores")
+    parser.add_argument("--seed", type=int, default=1, help="of both sides")
     parser.add_argument("--together", action="store_true", help="both at once, a core each, twice as long")
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     seconds = 60 * options.minutes * (2 if options.together else 1)
     if options.side:
-        print(json.dumps(side(options.multi30k, options.side, seconds)))
+        print(json.dumps(side(options.multi30k, options.side, seconds, options.seed)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        common = overrides(options.multi30k.resolve(), folder / "cache")
+        common = [*overrides(options.multi30k.resolve(), folder / "cache"), f"seed={options.seed}"]
         first, second = ([["taskset", "-c", str(core)] for core in (0, 1)]) if options.together else ([], [])
         threads = {"OMP_NUM_THREADS": "1"} if options.together else {}
         quick = ["callback.answers.examples=1", "decoding=greedy"]
         pilot = ours(folder / "pilot", *common, *quick, *(f"{k}={v}" for k, v in pace(PILOT_STEPS).items()), **threads)
         steps = int(1000 * seconds / pilot[1]["speed/mean_step_ms"])
         command = [*second, sys.executable, __file__, "--multi30k", str(options.multi30k), "--minutes"]
-        command += [str(seconds / 60), "--side", str(folder / "pilot" / "tokenizer.json")]
+        command += [str(seconds / 60), "--side", str(folder / "pilot" / "tokenizer.json"), "--seed", str(options.seed)]
         other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads})
         if not options.together:
             told = other.communicate()[0]
