@@ -84,9 +84,14 @@ _KINDS = {"translation": _translation, "summarization": _summarization}
 
 
 def fitted(sampling: Sampling | Beam, objective: TextToText, block_size: int, family: Family) -> Sampling | Beam:
-    """The same with no more tokens than a target has room for."""
-    most = min(objective.lengths(block_size, family)[1], sampling.max_new_tokens)
-    return dataclasses.replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
+    """The same with no more tokens than a target has room for; `UserError` if it is to have more."""
+    room = objective.lengths(block_size, family)[1]
+    if sampling.min_new_tokens > room:
+        raise UserError(
+            f"decoding.min_new_tokens={sampling.min_new_tokens}, and a target has room for {room} tokens; set it to "
+            "less, or for training objective.max_target and data.block_size to more."
+        )
+    return dataclasses.replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
 
 
 def write_for(

@@ -491,10 +491,10 @@ class TextData(LightningDataModule):
         tokens = self.batch_tokens
         if tokens is None:
             return
-        longest = max(
-            int(self._tokens_of(np.stack([np.diff(cache.offsets("train")) - 1 for cache in caches], 1)).max())
-            for caches in self._caches
-        )
+        lengths = [np.stack([np.diff(cache.offsets("train")) - 1 for cache in caches], 1) for caches in self._caches]
+        if self.bpe_dropout:  # cut anew, any text may be as long as there is room for
+            lengths = [np.full_like(of[:1], 2 * self.block_size) for of in lengths]
+        longest = max(int(self._tokens_of(of).max()) for of in lengths)
         if tokens < longest * devices:
             each = f", and each of {devices} devices gets one" if devices > 1 else ""
             raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lmexp.callback.answers import fitted
 from lmexp.contracts import Family, ReadsWholeTexts, UserError
 from lmexp.data.labelled import is_labelled
 from lmexp.data.parted import is_parted
@@ -159,12 +160,7 @@ def check_answers(objective: Any, sampling: Any, block_size: int, family: Family
             f"callback.answers scores what is written, and decoding.temperature={sampling.temperature} draws it by "
             "lot; choose decoding=greedy or decoding=beam."
         )
-    room = objective.lengths(block_size, family)[1]
-    if sampling.min_new_tokens > room:
-        raise UserError(
-            f"decoding.min_new_tokens={sampling.min_new_tokens}, and a target has room for {room} tokens; set it to "
-            "less, or objective.max_target and data.block_size to more."
-        )
+    fitted(sampling, objective, block_size, family)
 
 
 def _callbacks(

@@ -51,6 +51,8 @@ def predict(plan: Plan) -> None:
         )
     n_texts: int = getattr(restored.parts.data.corpus, "n_texts", 1) if isinstance(objective, Classification) else 1
     rows = read_rows(job.input, n_texts)
+    sides = [restored.tokenizer.encode([row[name] for row in rows]) for name in COLUMNS[:n_texts]]
+    tell_cut(restored, np.array([[len(text) for text in texts] for texts in zip(*sides, strict=True)]))
     done: list[dict[str, Any]] = []
     for first in range(0, len(rows), job.batch_size):
         batch = rows[first : first + job.batch_size]
@@ -117,7 +119,6 @@ def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int, firs
     context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
     encoded = [restored.tokenizer.encode([row[name] for row in rows]) for name in COLUMNS[:n_texts]]
     data, parts = restored.parts.data, restored.parts
-    tell_cut(restored, np.array([[len(side[i]) for side in encoded] for i in range(len(rows))]))
     with context:
         if isinstance(parts.objective, TextToText):
             ids = write_for(

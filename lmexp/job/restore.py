@@ -106,7 +106,8 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
         override = overrides[key]
         top = key.split(".")[0]
         if key == "data":
-            kept = {name: saved["data"][name] for name in _KEPT if f"data.{name}" not in overrides}
+            old = saved["data"]
+            kept = {name: old[name] for name in _KEPT if f"data.{name}" not in overrides and name in old}
             cfg.data = OmegaConf.merge(plan.config.data, kept)
         elif top == "data" or key in _OF_SCORING or (top == "decoding" and key != top):
             if OmegaConf.select(cfg, key, default=_ABSENT) is _ABSENT and key not in _ADDED_LATER:

@@ -113,6 +113,9 @@ def test_texts_cut_anew_fit_too(tmp_path, kind) -> None:
     batches = [int(tokens_read(batch)) for batch in itertools.islice(data.train_dataloader(), 30)]
     assert max(batches) <= 300
     assert min(batches) > 100
+    data.batch_tokens = 120
+    with pytest.raises(UserError, match=r"data.batch_tokens=120: the longest training sample has 128 tokens"):
+        data.check_budget(1)
 
 
 def test_the_same_for_any_devices_workers_and_beginning(make) -> None:
