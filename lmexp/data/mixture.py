@@ -14,6 +14,7 @@ from lmexp.data.packing import TokenFile
 
 _ORDER_STREAM = 2  # `BlockOrder` draws from the seed's streams 0 and 1
 _PIECE = 128  # samples or pairs ordered at once: more would make a single one slow, fewer all of them
+_PIECES = 64  # of texts, that stay at hand: a mixture asks for those of a period in any order
 _COUNTED = 65536  # samples counted at once
 _LEAST = 3  # samples that the rarest source has in a period
 
@@ -175,19 +176,24 @@ class TextOrder:
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
         self.seed = seed
-        self._ahead = (-1, np.empty(0, dtype=np.int64))  # a piece of the order, and its number
+        self._pieces: dict[int, np.ndarray] = {}  # of the order, by their numbers, the oldest first
 
     def number(self, index: int) -> int:
         """The number of the text that sample `index` is."""
         piece, place = divmod(index, _PIECE)
-        if piece != self._ahead[0]:
-            wanted = np.arange(piece * _PIECE, (piece + 1) * _PIECE)
-            numbers = np.empty_like(wanted)
-            for epoch in np.unique(wanted // self.count):
-                here = wanted // self.count == epoch
-                numbers[here] = permute(wanted[here] % self.count, self.count, keys(self.seed, int(epoch), 0))
-            self._ahead = (piece, numbers)
-        return int(self._ahead[1][place])
+        if piece not in self._pieces:
+            if len(self._pieces) == _PIECES:
+                del self._pieces[next(iter(self._pieces))]
+            self._pieces[piece] = self._ordered(piece)
+        return int(self._pieces[piece][place])
+
+    def _ordered(self, piece: int) -> np.ndarray:
+        wanted = np.arange(piece * _PIECE, (piece + 1) * _PIECE)
+        numbers = np.empty_like(wanted)
+        for epoch in np.unique(wanted // self.count):
+            here = wanted // self.count == epoch
+            numbers[here] = permute(wanted[here] % self.count, self.count, keys(self.seed, int(epoch), 0))
+        return numbers
 
 
 class Pairs:
