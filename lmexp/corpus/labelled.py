@@ -103,6 +103,8 @@ class Labelled(ABC):
     """What labelled corpora have in common, wherever their rows come from."""
 
     streaming = False
+    named_only = False
+    """Whether rows have to name their classes as `labels` does, which came from elsewhere: a number is no name."""
 
     def __init__(
         self,
@@ -169,14 +171,16 @@ class Labelled(ABC):
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Those given or declared; else those of the training rows, before any cut, sorted, numbers by their value."""
-        named = self.given_labels or self.declared_labels()
-        if named:
-            return named
+        if self.given_labels:
+            return self.given_labels
         if "train" not in self.given:
             raise UserError(
                 "corpus.train is not given, whose rows have the classes; give it, or name them with "
                 "data.corpus.labels=[...]."
             )
+        named = self.declared_labels()
+        if named:
+            return named
         read = self._rows("train")
         labels = _in_order(_distinct(read, "label"))
         if len(labels) < (1 if self.multilabel else 2):
@@ -246,7 +250,7 @@ class Labelled(ABC):
     def _numbers(self, split: Split) -> list[Any]:
         """The labels of a split's rows as numbers."""
         read = self._rows(split)
-        numbers = _numbers_of(self.labels, indices=self.given_labels is not None)
+        numbers = _numbers_of(self.labels, indices=self.given_labels is not None and not self.named_only)
         found = [names if self.multilabel else [names] for names in _column(read, "label")]
         if any(name not in numbers for names in found for name in names):
             self._refuse(split, found, numbers)
@@ -580,7 +584,7 @@ class LabelledHub(Labelled):
         labels = self.given_labels
         if labels is None or set(names) <= set(labels):
             return names
-        if len(names) == len(labels) and not set(names) & set(labels):
+        if len(names) == len(labels) and not set(names) & set(labels) and not self.named_only:
             return labels
         raise UserError(
             f"corpus.labels={list(labels)} does not fit the classes of {self.name}, {', '.join(names)}; expected these "

@@ -67,6 +67,8 @@ def check(cfg: DictConfig, world_size: int, training: bool = True, classes: dict
     if not errors and training:
         if cfg.batch_size is not None:
             collect(lambda: check_division(cfg, world_size))
+        elif cfg.trainer.micro_batch_size is not None:
+            collect(lambda: _whole("trainer.micro_batch_size", cfg.trainer.micro_batch_size, 1))
         collect(lambda: check_saving(cfg))
     made = {key: collect(partial(build_node, cfg, key)) for key in _PARTS}
     collect(lambda: check_task(cfg, made))

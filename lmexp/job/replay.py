@@ -119,7 +119,12 @@ def _run_to(record: dict[str, Any], cfg: DictConfig, plan: Plan, directory: RunD
             raise _Reached(_looked_at(batch, task, step, trainer.datamodule))
 
     guard.watched = watched
-    backs = [Rollback(record["step"], record["from_sample"], "")] if record["from_sample"] else []
+    first = record.get("from_sample", 0)  # records of before have what was passed over
+    if record.get("passed_over") and cfg.batch_size is not None:
+        start = record["checkpoint"]
+        saved_at = 0 if start is None else int(start.split("-")[1].split(".")[0])
+        first = saved_at * cfg.batch_size + record["passed_over"]
+    backs = [Rollback(record["step"], first, "")] if first else []
     own = Plan(cfg, plan.choices | {"job": "train"}, [], plan.in_sweep)
     try:
         train_in(own, parts, directory, Terminal(quiet=True), 0, 1, backs)

@@ -78,9 +78,10 @@ def restore(plan: Plan, world_size: int, split: str | None = None) -> Restored:
     checkpoint = files.load(path, whole=False)
     entry = checkpoint["lmexp"]
     cfg = merged(plan, entry["config"])
-    if split is not None:
-        _leave_only(split, cfg, entry.get("classes"))
+    named = split is not None and _leave_only(split, cfg, entry.get("classes"))
     parts = check(cfg, world_size, training=False, classes=entry.get("classes"))
+    if named:
+        parts.data.corpus.named_only = True  # type: ignore[attr-defined]
     tokenizer = Tokenizer.from_json(entry["tokenizer"])
     task = build_task(cfg, parts, tokenizer.vocab_size)
     task.adapt(cfg.seed)
@@ -110,8 +111,10 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
             kept = {name: old[name] for name in _KEPT if f"data.{name}" not in overrides and name in old}
             cfg.data = OmegaConf.merge(plan.config.data, kept)
         elif top == "data" or key in _OF_SCORING or (top == "decoding" and key != top):
-            if OmegaConf.select(cfg, key, default=_ABSENT) is _ABSENT and key not in _ADDED_LATER:
-                raise UserError(f"{override}: {_unknown(cfg, key)}")
+            parent = OmegaConf.select(cfg, key.rpartition(".")[0])
+            later = key in _ADDED_LATER and parent is not None
+            if OmegaConf.select(cfg, key, default=_ABSENT) is _ABSENT and not later:
+                raise UserError(f"{override.lstrip('+')}: {_unknown(cfg, key)}")
             OmegaConf.update(cfg, key, OmegaConf.select(plan.config, key), force_add=True)
         elif key == "paths.cache_dir" and "data" not in overrides:
             cfg.data.cache_dir = plan.config.paths.cache_dir
@@ -121,7 +124,7 @@ def merged(plan: Plan, saved: dict[str, Any]) -> DictConfig:
             print(f"{override}: the checkpoint says what it was trained as; this is left aside.", file=sys.stderr)
         elif top not in _ASKED:
             raise UserError(
-                f"{override}: with ckpt= the checkpoint decides this. Leave it out; what can be set is "
+                f"{override.lstrip('+')}: with ckpt= the checkpoint decides this. Leave it out; what can be set is "
                 f"{', '.join(('data', *_ASKED, *_OF_SCORING))}."
             )
     OmegaConf.set_readonly(cfg, True)
@@ -149,20 +152,37 @@ def _unknown(cfg: DictConfig, key: str) -> str:
     )
 
 
-def _leave_only(split: str, cfg: DictConfig, classes: dict[str, Any] | None) -> None:
-    """Take the other splits out of the corpus, so that nothing of them needs to be there: the classes are known."""
+def _leave_only(split: str, cfg: DictConfig, classes: dict[str, Any] | None) -> bool:
+    """Take the other splits out of the corpus, so that nothing of them needs to be there; whether its classes are now
+    the checkpoint's, by their names."""
     corpus = cfg.data.corpus
-    if corpus._target_ not in _BY_SPLIT or corpus.get(split) is None:
-        return  # cut out of another, or not there, which the corpus says
+    if corpus._target_ not in _BY_SPLIT:
+        return False
+    splits = ("train", "validation", "test")
+    cut = [key for key in splits if corpus.get(f"{key}_fraction")]
+    if split in cut or (split == "train" and cut):
+        return False  # it is cut out of a file with the others
+    given = [key for key in splits if corpus.get(key) is not None]
+    if split not in given:
+        there = given + cut
+        raise UserError(
+            f"job.split={split}: the data have no such split, only {', '.join(there) or 'none'}; set "
+            + (f"job.split={there[-1]}, or " if there else "")
+            + f"data.corpus.{split}=NAME."
+        )
     OmegaConf.set_readonly(cfg, False)
-    for key in ("train", "validation", "test"):
+    if "languages" in corpus and not corpus.languages and OmegaConf.is_dict(corpus.train):
+        corpus.languages = list(corpus.train)  # in this order: from the first to the second
+    for key in splits:
         if key != split:
             corpus[key] = None
         if f"{key}_fraction" in corpus:
             corpus[f"{key}_fraction"] = 0.0
-    if classes and corpus.get("labels") is None:
+    named = bool(classes) and "labels" in corpus and corpus.labels is None
+    if classes and named:
         corpus.labels = list(classes["classes"])
     OmegaConf.set_readonly(cfg, True)
+    return named
 
 
 def refuse_foreign_parts(saved: dict[str, Any]) -> None:

@@ -278,11 +278,15 @@ class LmexpSweeper(Sweeper):
         ready: deque[Job] = deque()  # of a trial that is begun
         run: list[Entry] = []  # in this call
         twins: dict[int, list[int]] = {}  # trials with the values of one that runs
+        left_of: dict[int, set[str]] = {}  # trial -> keys of its jobs that are still to end in this call
 
         def settle(number: int, *also: int) -> bool:
             """Tell the search what came of a trial, once all of its jobs have ended; whether they have."""
             entries = [ledger.read(entry.key) or entry for entry in known[number]]  # some may be another command's
             if any(entry.status in ("waiting", "running", "stopped") for entry in entries):
+                return False
+            left = left_of.get(number, set())  # one that failed before, or may be tried again
+            if any(entry.key in left and entry.status not in ENDED_WELL for entry in entries):
                 return False
             values: list[float] | None = None
             if all(e.status == "done" and all(name in e.metrics for name in settings.monitors) for e in entries):
@@ -297,6 +301,7 @@ class LmexpSweeper(Sweeper):
                 return  # the trial goes on with the next call, or in another process
             run.append(entry)
             assert entry.trial is not None
+            left_of.get(entry.trial, set()).discard(entry.key)
             settle(entry.trial)
 
         def begin(number: int, values: dict[str, str]) -> None:
@@ -310,6 +315,10 @@ class LmexpSweeper(Sweeper):
                 board.say(entry)
                 ended(entry)
                 return
+            for job in made:
+                if job.entry.trial is None:  # of a grid in the same directory
+                    job.entry.trial = number
+                    ledger.write(job.entry)
             owner = made[0].entry.trial
             assert owner is not None
             if owner != number:  # the same values as an earlier trial's
@@ -323,6 +332,7 @@ class LmexpSweeper(Sweeper):
                 if ledger.read_file(job.entry.key) is None:
                     ledger.write(job.entry)
             ready.extend(left)
+            left_of[number] = {job.entry.key for job in left}
             if not left:  # the process was killed between the end and the telling
                 run.extend(known[number])
                 settle(number)

@@ -18,7 +18,7 @@ class TextToText:
     the target, of which alone the loss is. Pairs share rows, each seeing itself only, so that little is padding."""
 
     max_source: int | None = None
-    """Tokens of the source at most, the rest is cut; null: the block; of a decoder what the target leaves, or half."""
+    """Tokens of the source at most, the rest is cut; null: the block, of a decoder half of it."""
 
     max_target: int | None = None
     """Tokens of the target at most, with its end; null: the block, of a decoder what the source leaves."""
@@ -52,8 +52,7 @@ class TextToText:
     def lengths(self, block_size: int, family: Family) -> tuple[int, int]:
         """The most tokens of a source, its marks included, and of a target; `UserError` if the block has no room."""
         decoder = family == "decoder"
-        beside = block_size // 2 if self.max_target is None else block_size - self.max_target
-        source = self.max_source or (max(3, beside) if decoder else block_size)
+        source = self.max_source or (block_size // 2 if decoder else block_size)
         target = self.max_target or (block_size - source if decoder else block_size)
         needed = source + target if decoder else max(source, target)
         if needed > block_size or target < 2 or source < (3 if decoder else 2):  # its marks and a token

@@ -123,6 +123,17 @@ def test_any_file_is_scored_without_those_that_it_was_trained_on(tmp_path: Path)
     keys = (f"data.corpus.test={other}", "data.corpus.text=sentence", "data.corpus.label=is", "data.corpus.group=null")
     for more in (keys, ("data=labelled_files", *keys), (*keys, "data=labelled_files")):
         assert scored(*more)["test/loss"] == pytest.approx(metrics["test/loss"], rel=1e-6)
+    numbers = tmp_path / "numbers.tsv"
+    numbers.write_text("text\tlabel\ngood\t1\nbad\t0\n", encoding="utf-8")
+    for more, said in (
+        (("data=labelled_files", f"data.corpus.test={numbers}", "job.split=test"), "label '1' is none of the classes"),
+        (("data=labelled_files", f"data.corpus.test={numbers}"), "job.split=validation: the data have no such split"),
+        (("callback.answers.tokenize=char", "job.split=test"), "has no such key"),
+    ):
+        done = run("job=evaluate", f"ckpt={run_dir}", *more)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert "+" not in done.stderr.split(":")[1]
     for key, said in (("lable", "Did you mean data.corpus.label?"), ("languages", "its corpus is LabelledFiles")):
         done = run("job=evaluate", f"ckpt={run_dir}", "job.split=test", f"data.corpus.{key}=[en,de]")
         assert done.returncode == 2

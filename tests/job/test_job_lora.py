@@ -79,10 +79,9 @@ def test_a_pretrained_decoder_learns_to_answer(tmp_path: Path) -> None:
     losses = [value for _, value in scalars(tmp_path / "run")["train/loss"]]
     assert losses[-1] < 0.5 * losses[0]
     before, after = checkpoint(base)["state_dict"], checkpoint(tmp_path / "run")["state_dict"]
-    for name, value in after.items():
-        plain = name.replace(".base_layer.", ".")
-        if plain in before:
-            assert torch.equal(value[: len(before[plain])], before[plain]), name
+    kept = {name.replace(".base_layer.", "."): value for name, value in after.items()}
+    for name, value in before.items():
+        assert torch.equal(kept[name][: len(value)], value), name
 
     out = tmp_path / "exported"
     export(plan("job=export", f"ckpt={tmp_path / 'run'}", f"out={out}"))

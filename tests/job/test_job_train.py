@@ -39,7 +39,7 @@ PAIRS = {
     "summarize_cnn": ["objective.max_target=null", "model.activation_dropout=0", "decoding.min_new_tokens=0"],
     "translate_iwslt": ["data.batch_tokens=null"],
     "translate_multi30k": [],
-    "finetune_lora": ["task.lora=null", "model.n_kv_heads=2"],
+    "finetune_lora": ["task.lora=null", "model.n_kv_heads=2", "objective.max_source=null"],
 }
 """Recipes from text to text -> what makes them small."""
 PRETRAINED = ("gpt2", "finetune_hf_sentiment", "summarize_cnn", "finetune_lora")

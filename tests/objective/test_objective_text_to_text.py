@@ -85,14 +85,6 @@ def test_long_texts_are_cut() -> None:
     assert TextToText().lengths(BLOCK, "encoder_decoder") == (BLOCK, BLOCK)
 
 
-def test_a_decoders_source_has_what_the_target_leaves() -> None:
-    assert TextToText().lengths(BLOCK, "decoder") == (BLOCK // 2, BLOCK - BLOCK // 2)
-    assert TextToText(max_target=5).lengths(BLOCK, "decoder") == (BLOCK - 5, 5)
-    assert TextToText(max_source=9).lengths(BLOCK, "decoder") == (9, BLOCK - 9)
-    with pytest.raises(UserError, match=rf"max_source=3 and max_target={BLOCK - 2} tokens beside one another"):
-        TextToText(max_target=BLOCK - 2).lengths(BLOCK, "decoder")
-
-
 def test_of_a_decoder_the_source_may_be_scored_too() -> None:
     """Every token but the first is told, each at the place before it, and the bytes are those of both."""
     tokens = tokenizer()
