@@ -140,9 +140,6 @@ class Tagged:
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [replace(s, part=self.part, language=self.language) for s in self.source.samples(indices)]
 
-    def lengths(self, indices: Sequence[int]) -> np.ndarray:
-        return self.source.lengths(indices)  # type: ignore[attr-defined]
-
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
 

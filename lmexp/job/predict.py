@@ -55,8 +55,9 @@ def predict(plan: Plan) -> None:
     tell_cut(restored, np.array([[len(text) for text in texts] for texts in zip(*sides, strict=True)]))
     done: list[dict[str, Any]] = []
     for first in range(0, len(rows), job.batch_size):
-        batch = rows[first : first + job.batch_size]
-        for row, told in zip(batch, _told(restored, batch, n_texts, first), strict=True):
+        here = slice(first, first + job.batch_size)
+        batch, encoded = rows[here], [side[here] for side in sides]
+        for row, told in zip(batch, _told(restored, encoded, first), strict=True):
             done.append({**row, **told})
             if out is None:
                 print(json.dumps(done[-1], ensure_ascii=False), flush=True)
@@ -111,13 +112,12 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 @torch.inference_mode()
-def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int, first: int) -> Iterator[dict[str, Any]]:
-    """What is to be added to each row, of which the first is number `first` of all."""
+def _told(restored: Restored, encoded: Sequence[Sequence[np.ndarray]], first: int) -> Iterator[dict[str, Any]]:
+    """What is to be added to each row, whose first texts, and second ones, are tokens; it begins with row `first`."""
     device = torch.device(accelerator_of(restored.cfg))
     restored.task.to(device).eval()
     half = precision_of(restored.cfg) != "32-true"
     context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
-    encoded = [restored.tokenizer.encode([row[name] for row in rows]) for name in COLUMNS[:n_texts]]
     data, parts = restored.parts.data, restored.parts
     with context:
         if isinstance(parts.objective, TextToText):
@@ -128,14 +128,14 @@ def _told(restored: Restored, rows: Sequence[dict[str, Any]], n_texts: int, firs
                 data.block_size,
                 restored.tokenizer,
                 parts.sampling,
-                len(rows),
+                len(encoded[0]),
                 first,
             )
             return iter([{"output": restored.tokenizer.decode(row, skip_special=True).strip()} for row in ids])
         task = cast(TextClassification, restored.task)
         metric = task.metric
         label = np.zeros(len(metric.classes) if metric.multilabel else (), dtype=np.int64)
-        samples = [_sample([side[i] for side in encoded], i, label) for i in range(len(rows))]
+        samples = [_sample([side[i] for side in encoded], i, label) for i in range(len(encoded[0]))]
         start = getattr(parts.model, "decoder_start_id", None)
         batch = parts.objective.collate(restored.tokenizer, parts.model.family, start)(samples, data.block_size, 0)
         logits = task.logits(each_tensor(batch, lambda tensor: tensor.to(device))).flatten(0, 1).cpu()

@@ -8,12 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmexp.contracts import UserError
-from lmexp.corpus.labelled import COLUMNS
 from lmexp.corpus.parallel_files import ParallelFiles
 from lmexp.data.budget import TokenBudget
 from lmexp.data.text import TextData
@@ -22,6 +20,7 @@ from lmexp.objective.text_to_text import TextToText
 from lmexp.task.base import tokens_read
 from lmexp.tokenizer.bpe import BPE
 from lmexp.tokenizer.byte import Byte
+from tests.data.test_data_resplit import Labelled
 
 RANDOM = np.random.default_rng(0)
 TEXTS = ["x" * n for n in RANDOM.integers(1, 60, 300)]
@@ -39,21 +38,6 @@ def test_as_many_as_fit(lengths, tokens, first) -> None:
     assert sum(length(i) for i in range(first, first + size + 1)) > tokens
 
 
-class Labelled:
-    streaming, multilabel, labels, splits = False, False, ("a", "b"), ("train", "validation")
-
-    def __init__(self, n_texts) -> None:
-        self.n_texts = n_texts
-
-    def fingerprint(self):
-        return f"labelled {self.n_texts}"
-
-    def rows(self, split):
-        n = len(TEXTS)
-        texts = dict(zip(COLUMNS[: self.n_texts], (TEXTS, TEXTS[::-1])[: self.n_texts], strict=True))
-        return Dataset.from_dict({**texts, "label": [i % 2 for i in range(n)], "group": [0] * n})
-
-
 @pytest.fixture(params=["pairs", "pairs_decoder", "labelled", "two_texts"])
 def make(request, tmp_path):
     """Makes the data module of a kind of texts; what its samples read is counted from the batches."""
@@ -64,7 +48,7 @@ def make(request, tmp_path):
         corpus = ParallelFiles(train=source, validation=source, cache_dir=str(tmp_path / "cache"))
         objective = TextToText()
     else:
-        corpus, objective = Labelled(1 if request.param == "labelled" else 2), Classification()
+        corpus, objective = Labelled(1 if request.param == "labelled" else 2, TEXTS), Classification()
     family = {"pairs": "encoder_decoder", "pairs_decoder": "decoder"}.get(request.param, "encoder")
 
     def made(rank=0, world_size=1, workers=0, tokens=400, most=None):
@@ -106,7 +90,7 @@ def test_texts_cut_anew_fit_too(tmp_path, kind) -> None:
     source = {name: str(tmp_path / f"train.{name}") for name in ("en", "de")}
     corpus = ParallelFiles(train=source, validation=source, cache_dir=str(tmp_path / "cache"))
     objective = TextToText() if kind == "pairs" else Classification()
-    corpus = corpus if kind == "pairs" else Labelled(1)
+    corpus = corpus if kind == "pairs" else Labelled(1, TEXTS)
     options = {"bpe_dropout": 0.3, "batch_tokens": 300}
     data = TextData(corpus, str(tmp_path / "cache"), 64, False, None, 4, 0, 2, 50, **options)
     data.configure(BPE(300), objective, None, 1, family="encoder_decoder").prepare()

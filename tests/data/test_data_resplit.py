@@ -129,15 +129,15 @@ class Labelled:
 
     streaming, multilabel, labels, splits = False, False, ("a", "b"), ("train", "validation")
 
-    def __init__(self, n_texts) -> None:
-        self.n_texts = n_texts
+    def __init__(self, n_texts, texts=TEXTS) -> None:
+        self.n_texts, self.texts = n_texts, texts
 
     def fingerprint(self):
         return f"labelled {self.n_texts}"
 
     def rows(self, split):
-        n = len(TEXTS)
-        texts = dict(zip(COLUMNS[: self.n_texts], (TEXTS, TEXTS[::-1])[: self.n_texts], strict=True))
+        n = len(self.texts)
+        texts = dict(zip(COLUMNS[: self.n_texts], (self.texts, self.texts[::-1])[: self.n_texts], strict=True))
         return Dataset.from_dict({**texts, "label": [i % 2 for i in range(n)], "group": [0] * n})
 
 
