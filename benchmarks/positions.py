@@ -3,7 +3,8 @@
     python benchmarks/positions.py [--steps 10000000] [--batch 64]
 
 Blocks of a corpus of 10^10 tokens, texts of a corpus of 10^8, and the draws of a mixture whose rarest source has a
-share of a millionth: a random position each time, so that nothing is at hand from the one before.
+share of a millionth: a random position each time, so that nothing is at hand from the one before. All of them are
+looked up five times, each time from the start: what a position takes at best is not the machine's doing.
 """
 
 from __future__ import annotations
@@ -43,6 +44,17 @@ def orders() -> dict[str, Callable[[int], Any]]:
     }
 
 
+def milliseconds_of(find: Callable[[int], Any], positions: Sequence[int]) -> list[float]:
+    """What each position takes."""
+    find(positions[0])
+    milliseconds = []
+    for position in positions:
+        start = time.perf_counter()
+        find(position)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return milliseconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000_000)
@@ -51,21 +63,17 @@ def main() -> None:
     positions = np.random.default_rng(0).integers(0, options.steps * options.batch, size=1000).tolist()
     rows = []
     for name, find in orders().items():
-        find(positions[0])
-        milliseconds = []
-        for position in positions:
-            start = time.perf_counter()
-            find(position)
-            milliseconds.append(1000 * (time.perf_counter() - start))
+        passes = [milliseconds_of(orders()[name], positions) for _ in range(5)]
         tracemalloc.start()
         for position in positions:
             find(position)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        told = (median(milliseconds), float(np.quantile(milliseconds, 0.99)), max(milliseconds))
+        first = passes[0]
+        told = (median(first), float(np.quantile(first, 0.99)), max(first), max(map(min, zip(*passes, strict=True))))
         rows.append((name, *(f"{value:.3f}" for value in told), f"{peak / 1024:.0f}"))
     print(head("Any position of ten million steps"))
-    print(table(("of", "ms, median", "99 %", "most", "KiB at most"), rows))
+    print(table(("of", "ms, median", "99 %", "most", "most, best of five", "KiB at most"), rows))
 
 
 if __name__ == "__main__":
