@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmexp.contracts import UserError
-from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, weights_by_columns, without_gradients
+from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, weights_for, without_gradients
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def beam_search(
     Every step looks at the 2 * `beams` likeliest next tokens of a row's texts together, so that as many texts go on
     as before however many end; one ends where it is among the `beams` likeliest. Rows that are done leave the batch.
     """
-    with weights_by_columns(model), without_gradients(model):
+    with weights_for(model, len(prompts) * beam.beams), without_gradients(model):
         return _search(model, prompts, beam, eos_id, vocab_size)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmexp.contracts import UserError
 from lmexp.decoding.beam import Beam, beam_search
-from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, weights_by_columns, without_gradients
+from lmexp.decoding.steps import Constraints, begun, check_lengths, steps_of, weights_for, without_gradients
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def generate(
                 for token in tokens:
                     on_token(row, token)  # type: ignore[misc]
             return rows
-        with weights_by_columns(model), without_gradients(model):
+        with weights_for(model, len(prompts)), without_gradients(model):
             numbers = range(len(prompts)) if numbers is None else numbers
             return _generate(model, prompts, sampling, eos_id, vocab_size, on_token, numbers)
     finally:

@@ -56,32 +56,32 @@ _SMALL = 2**25
 
 
 @contextmanager
-def weights_by_columns(model: Any) -> Iterator[None]:
-    """On a CPU, matrices are stored by columns inside, the way in which few rows are multiplied with them the fastest:
-    in half the time. Larger models, whose matrices no cache holds, stay as they are."""
+def weights_for(model: Any, rows: int) -> Iterator[None]:
+    """On a CPU, matrices are stored inside in the way in which so few rows are multiplied with them the fastest: by
+    columns, and the head as oneDNN wants it. Larger models, whose matrices no cache holds, stay as they are."""
     looked_up = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
     linears = [
         part
         for part in model.modules()
         if isinstance(part, nn.Linear) and _is_plain(part.weight) and part.weight not in looked_up
     ]
-    head = model.head if hasattr(model.head, "by_columns") and _is_plain(model.head.weight) else None
+    head = model.head if hasattr(model.head, "pack") and _is_plain(model.head.weight) else None
     size = sum(part.weight.numel() for part in linears) + (0 if head is None else head.weight.numel())
     if size > _SMALL or isinstance(model, FSDPModule):
         yield
         return
     before = [(part.weight, part.weight.data) for part in linears]
     try:
-        for weight, rows in before:
-            weight.data = rows.t().contiguous().t()
-        if head is not None:  # its own may be looked up by rows as well
-            head.by_columns = head.weight.detach().t().contiguous().t()
+        for weight, by_rows in before:
+            weight.data = by_rows.t().contiguous().t()
+        if head is not None:
+            head.pack(rows)
         yield
     finally:
-        for weight, rows in before:
-            weight.data = rows
+        for weight, by_rows in before:
+            weight.data = by_rows
         if head is not None:
-            head.by_columns = None
+            head.packed = None
 
 
 def _is_plain(weight: Tensor) -> bool:

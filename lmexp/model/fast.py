@@ -229,5 +229,4 @@ class Attention(nn.Module):
         qk = rotate(unit_rms(qk) if self.qk_norm else qk, tables)
         if extra is not None:
             v = v + extra.view_as(v)
-        q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
-        return self.output(attend_behind(q, k, v, seen, cache, self.layer, self.scale))
+        return self.output(attend_behind(qk[:, :, 0], qk[:, :, 1], v, seen, cache, self.layer, self.scale))

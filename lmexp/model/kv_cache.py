@@ -27,7 +27,7 @@ class KVCache:
         self, n_layers: int, batch: int, n_heads: int, length: int, d_head: int, device: Any, dtype: torch.dtype
     ) -> None:
         """Room for `length` positions of `batch` sequences."""
-        self._hold(torch.zeros(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype))
+        self._hold(torch.empty(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype))
         self.documents: Tensor | None = None
         """Of the positions, (B, S), where they were given and no row was selected yet."""
         self.length = 0
@@ -35,6 +35,7 @@ class KVCache:
         self.places: Tensor | None = None
         """The position of each column, (G, at least S); None: no row was selected yet, positions are columns."""
         self._columns = 0
+        self._most = 0  # columns, before some are left behind
         self._seen: Tensor  # (G, R, at least S), 0 or minus infinity: what is added to a row's scores
         self._own: Tensor  # (R, R) of new columns
 
@@ -47,30 +48,29 @@ class KVCache:
         return self._held.dtype
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, E) keys and values of new positions; returns all of the layer's, (G, K, S, E)."""
+        """Store keys and values of new positions, (G, K, R * T, E), see `by_text`; returns all of the layer's,
+        (G, K, S, E)."""
         new, seen = self._room(layer, keys.shape[2])
-        new[0].copy_(self.by_text(keys))
-        new[1].copy_(self.by_text(values))
+        new[0].copy_(keys)
+        new[1].copy_(values)
         return seen
 
     def append_both(self, layer: int, both: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with keys and values in one tensor, (2, B, K, T, E)."""
+        """The same with keys and values in one tensor, (2, G, K, R * T, E)."""
         new, seen = self._room(layer, both.shape[3])
-        new.copy_(self.by_text(both))
+        new.copy_(both)
         return seen
 
     def by_text(self, x: Tensor) -> Tensor:
-        """(..., B, K, T, E) as (..., G, K, R * T, E), the rows of a text as positions of one."""
+        """(B, T, ...) as (G, R * T, ...), the rows of a text as positions of one."""
         if self.places is None:
             return x
-        assert x.shape[-2] == 1, "rows that were selected go on token by token"
-        return x.squeeze(-2).unflatten(-3, self._seen.shape[:2]).transpose(-3, -2)
+        assert x.shape[1] == 1, "rows that were selected go on token by token"
+        return x.reshape(*self._seen.shape[:2], *x.shape[2:])
 
     def _room(self, layer: int, n: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Where n new positions of each row go, and keys and values up to these."""
-        start = self.length
-        if self.places is not None:
-            start, n = self._columns, len(self._own) * n
+        """Where n new positions or columns go, and keys and values up to these."""
+        start = self.length if self.places is None else self._columns
         held, end = self._layers[layer], start + n
         assert end <= held.shape[3], "the cache is full"
         seen = held.narrow(3, 0, end)
@@ -103,7 +103,7 @@ class KVCache:
         if kept is None:
             return None
         index, old = torch.tensor(kept, device=self._held.device), self._held
-        self._hold(old.new_zeros(*old.shape[:2], len(kept), *old.shape[3:]))
+        self._hold(old.new_empty(*old.shape[:2], len(kept), *old.shape[3:]))
         self._held[:, :, :, :, : self._columns] = old[:, :, :, :, : self._columns].index_select(2, index)
         assert self.places is not None
         self.places = self.places[index]
@@ -111,7 +111,7 @@ class KVCache:
 
     def _begin_columns(self) -> None:
         n_texts, room = self._held.shape[2], self._held.shape[4]
-        self._columns, device = self.length, self._held.device
+        self._columns, self._most, device = self.length, room, self._held.device
         self._seen = self._held.new_full((n_texts, 1, room), -math.inf)
         self._own = self._held.new_zeros(1, 1)
         if self.documents is None:
@@ -129,7 +129,7 @@ class KVCache:
         Called before the position is stored in any layer, once rows were selected.
         """
         assert self.places is not None
-        if self._columns + len(self._own) > self._held.shape[4]:
+        if self._columns + len(self._own) > self._most:
             self._leave_behind()
         start, end = self._columns, self._columns + len(self._own)
         self._seen[:, :, start:end] = self._own
@@ -143,17 +143,22 @@ class KVCache:
         some = (self._seen[:, :, : self._columns] == 0).any(1)  # (G, S)
         n = int(some.sum(1).max())
         kept = some.byte().sort(dim=1, descending=True, stable=True).indices[:, :n]  # behind them those that fill up
-        room = n + _MORE * each
-        self._hold(old.new_zeros(*old.shape[:4], room, old.shape[5]))
-        for text, columns in enumerate(kept):
-            self._held[:, :, text, :, :n] = old[:, :, text].index_select(3, columns)
+        room = max(n + _MORE * each, old.shape[4])
+        if room > old.shape[4]:
+            room += _MORE * each
+            self._hold(old.new_empty(*old.shape[:4], room, old.shape[5]))
+        # as rows of numbers, which are gathered in one go
+        starts = torch.arange(old.shape[:4].numel(), device=old.device).view(*old.shape[:4], 1) * old.shape[4]
+        places_of = (starts + kept[:, None]).flatten()
+        moved = old.view(-1, old.shape[5]).index_select(0, places_of)
+        self._held[:, :, :, :, :n] = moved.view(*old.shape[:4], n, old.shape[5])
         seen, places = self._seen.new_full((n_texts, each, room), -math.inf), self.places.new_zeros(n_texts, room)
         seen[:, :, :n] = self._seen.gather(2, kept[:, None].expand(-1, each, -1))
         places[:, :n] = self.places.gather(1, kept)
-        self._seen, self.places, self._columns = seen, places, n
+        self._seen, self.places, self._columns, self._most = seen, places, n, n + _MORE * each
 
 
-_MORE = 32
+_MORE = 8
 """Positions of each row that a cache makes room for when it is full."""
 
 

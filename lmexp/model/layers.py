@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -57,9 +58,17 @@ def _rms_on_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """And what x was multiplied by."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    added = norm.new_full((), eps) if torch.compiler.is_compiling() else _constant(eps, norm.dtype)
+    scale = torch.addcmul(added, norm, norm, value=1 / x.shape[-1]).rsqrt_()
     y = x * scale
     return (y if weight is None else y.mul_(weight)), scale
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """() on the CPU; to make one costs a small tensor's norm a quarter of its time."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class _RMS(torch.autograd.Function):
@@ -190,6 +199,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
         record.append(_attention_weights(q, k, seen, scale))
     if _short_on_cpu(q, k, v):
         return _attend_short((q[None], k[None], v[None]), seen, dropout, scale)
+    if dropout == 0 and _few_on_cpu(q, k, v):
+        weights = _weights(q.flatten(0, 1), k.flatten(0, 1), q.shape[:2], seen, scale)
+        return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]).transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -210,20 +222,22 @@ def attend_to_self(
     returns (B, T, H * E)."""
     if cache is None:
         return _attend_fused((qkv,), seen, dropout, scale)
-    parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, E)
+    parts = cache.by_text(qkv).permute(2, 0, 3, 1, 4)  # (3, G, H, R * T, E)
     k, v = cache.append_both(layer, parts[1:])  # (G, H, S, E)
-    mixed = attend(cache.by_text(parts[0]), k, v, seen, dropout, scale)
+    mixed = attend(parts[0], k, v, seen, dropout, scale)
     return mixed.view(*qkv.shape[:2], mixed.shape[-1])
 
 
 def attend_behind(
     q: Tensor, k: Tensor, v: Tensor, seen: Visible, cache: KVCache | None, layer: int, scale: float | None = None
 ) -> Tensor:
-    """`attend` with k and v behind what a cache holds of the layer; returns (B, T, H * E)."""
+    """`attend` of (B, T, H, E) with k and v (B, T, K, E) behind what a cache holds of the layer; returns
+    (B, T, H * E)."""
     if cache is None:
-        return attend(q, k, v, seen, scale=scale)
-    mixed = attend(cache.by_text(q), *cache.append(layer, k, v), seen, scale=scale)
-    return mixed.view(q.shape[0], q.shape[2], mixed.shape[-1])
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, scale=scale)
+    lined = (cache.by_text(x).transpose(1, 2) for x in (q, k, v))  # (G, H or K, R * T, E)
+    mixed = attend(next(lined), *cache.append(layer, *lined), seen, scale=scale)
+    return mixed.view(*q.shape[:2], mixed.shape[-1])
 
 
 def attend_to_memory(
@@ -243,7 +257,8 @@ def attend_to_memory(
         mixed = _attend_fused((q.unsqueeze(2), made), across.seen, dropout, scale)
     else:
         if layer == len(cache.cross):
-            k, v = kv(memory).unflatten(-1, (2, *q.shape[2:])).permute(2, 0, 3, 1, 4)  # (G, H, S, E)
+            made = kv(memory).unflatten(-1, (2, *q.shape[2:]))
+            k, v = made.permute(2, 0, 3, 1, 4).contiguous()  # (G, H, S, E), read in every step
             cache.cross.append((k, v))
         k, v = cache.cross[layer]
         # the rows of a text as positions of one
@@ -278,11 +293,43 @@ def _short_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+_FEW = 2**16
+"""Weights of all heads, up to which it costs a CPU less to hold them: some of its second cache."""
+
+
+def _few_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's kernel would take longer than its parts, as where a few queries of a text meet all its keys; a
+    single one is faster there."""
+    return (
+        not torch.is_grad_enabled()
+        and q.device.type == "cpu"
+        and q.shape[2] > 1
+        and q.shape[1] == k.shape[1]
+        and q.shape[:3].numel() * k.shape[2] <= _FEW
+        and q.dtype == k.dtype == v.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _attend_short(parts: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
-    scale = parts[0].shape[-1] ** -0.5 if scale is None else scale
     mixed = _ShortAttention.apply(seen.mask, seen.causal, scale, dropout, *parts)
     assert isinstance(mixed, Tensor)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _weights(q: Tensor, k: Tensor, heads: Sequence[int], seen: Visible, scale: float | None) -> Tensor:
+    """softmax(q k^T * scale), (B * H, T, S), of queries (B * H, T, E) and keys (B * H, S, E); `heads` (B, H)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+    if seen.causal:
+        scores += scores.new_full(scores.shape[1:], -math.inf).triu(1)
+    elif seen.mask is not None:
+        mask = seen.mask
+        if mask.dtype == torch.bool:  # the same for all heads: a sum takes a third of the time of a fill
+            mask = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
+        scores.view(*heads, *scores.shape[1:]).add_(mask)
+    return torch.softmax(scores, -1, out=scores)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -295,22 +342,17 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mask: Tensor | None, causal: bool, scale: float, dropout: float, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mask: Tensor | None, causal: bool, scale: float | None, dropout: float, *parts: Tensor
+    ) -> Tensor:
         lined = [x.flatten(1, 2) for x in parts]  # (n, B * H, T or S, E)
         q, k, v = (x for part in lined for x in part)
-        heads, n_queries, n_keys = parts[0].shape[1:3], q.shape[1], k.shape[1]
-        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
-        apart = scores.view(*heads, n_queries, n_keys)
-        if causal:
-            scores += scores.new_full((n_queries, n_keys), -math.inf).triu(1)
-        elif mask is not None:
-            if mask.dtype == torch.bool:  # the same for all heads: a sum takes a third of the time of a fill
-                mask = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
-            apart.add_(mask)
-        weights = torch.softmax(scores, -1, out=scores)
+        heads = parts[0].shape[1:3]
+        weights = _weights(q, k, heads, Visible(mask, causal), scale)
         kept = _kept(weights.shape, dropout, weights.dtype) if dropout else None
         ctx.save_for_backward(weights, kept, *lined)
-        ctx.scale, ctx.heads, ctx.mask_shape = scale, heads, None if mask is None else mask.shape
+        ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        ctx.heads, ctx.mask_shape = heads, None if mask is None else mask.shape
         return torch.bmm(weights if kept is None else weights * kept, v).unflatten(0, heads)
 
     @staticmethod
@@ -374,8 +416,8 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied.weight
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.softcap = softcap
-        self.by_columns: Tensor | None = None
-        """The weight in another layout, for logits alone; decoding sets it for a while."""
+        self.packed: Tensor | None = None
+        """The weight as oneDNN wants it for few rows, for logits alone; decoding sets it for a while."""
         self._chunk = _chunk_loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -385,8 +427,21 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), at least float32, of hidden states (..., D)."""
-        weight = self.weight if self.by_columns is None else self.by_columns
-        return _logits(hidden, weight, self.bias, self.softcap)
+        if self.packed is None:
+            return _logits(hidden, self.weight, self.bias, self.softcap)
+        logits: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
+        return _capped(logits, self.softcap)
+
+    def pack(self, rows: int) -> None:
+        """Multiply with another layout of the weight, which is the fastest for so many rows and is not to be changed
+        meanwhile, until `packed` is None. Without gradients; float32 on CPUs, for all else nothing is done."""
+        if (
+            torch.backends.mkldnn.is_available()
+            and self.weight.device.type == "cpu"
+            and self.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
 
     def loss(
         self,
@@ -446,7 +501,10 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = _at_least_float32(F.linear(hidden, weight, bias))
+    return _capped(_at_least_float32(F.linear(hidden, weight, bias)), softcap)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

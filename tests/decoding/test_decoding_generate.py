@@ -7,7 +7,7 @@ import torch
 
 from lmexp.contracts import UserError
 from lmexp.decoding.generate import Sampling, distribution, generate, next_tokens
-from lmexp.decoding.steps import weights_by_columns
+from lmexp.decoding.steps import weights_for
 from lmexp.model.fast import FastConfig
 from lmexp.model.gpt import GPTConfig
 from lmexp.model.llama import LlamaConfig
@@ -157,14 +157,15 @@ def test_weights_are_stored_as_before_afterwards() -> None:
     tokens = torch.arange(6)[None]
     with torch.no_grad():
         expected = model.head(model(tokens))
-        with weights_by_columns(model):
+        with weights_for(model, 1):
             assert model.blocks[0].mlp.expand.weight.stride() == (1, 64)
             assert model.embed.weight.is_contiguous()  # the head's, and looked up by rows
+            assert model.head.packed is not None
             torch.testing.assert_close(model.head(model(tokens)), expected, rtol=1e-5, atol=1e-6)
     generate(model, [[1, 2], [3]], Sampling(temperature=0, max_new_tokens=4), None, 50)
     for name, p in model.named_parameters():
         place, stride, value = before[name]
         assert (p.data_ptr(), p.stride()) == (place, stride)
         assert torch.equal(p, value)
-    assert model.head.by_columns is None
+    assert model.head.packed is None
     model.head(model(tokens)).sum().backward()
