@@ -174,7 +174,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, 
     Returns (B,) int64.
     """
     if sampling.temperature == 0:
-        return logits.max(-1).indices  # the first of equals, as argmax, which takes a CPU several times as long
+        return _likeliest(logits)
     probabilities, ids = distribution(logits, sampling)
     if probabilities.device.type == "mps":  # has no float64
         probabilities, ids = probabilities.cpu(), ids.cpu()
@@ -185,6 +185,13 @@ def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, 
     at = torch.minimum(uniform.to(ids.device)[:, None] * end, end.nextafter(torch.zeros_like(end)))
     chosen = torch.searchsorted(total, at, right=True)
     return ids.gather(-1, chosen)[:, 0].to(logits.device)
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The place of each row's largest, the first of equals; NumPy's takes a CPU a seventh of the time of torch's."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(logits.detach().numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,8 @@ class _Continuations:
     def _hidden(self, start: int) -> Tensor:
         """Hidden states of the columns from `start` on; without a cache these are all that is seen."""
         tokens = self.tokens[:, start : self.width]
+        if self.cache is not None and self.cache.places is not None:
+            return self.model(tokens, positions=start - self.pads[:, None], cache=self.cache)
         if self.padding <= (start if self.cache is None else 0):
             return self.model(tokens, cache=self.cache)
         pads = self.pads if self.cache is not None else (self.pads - start).clamp_min(0)
@@ -124,7 +126,10 @@ class _Continuations:
         documents = torch.zeros_like(tokens)
         if offset < self.padding:
             documents, positions = documents - (positions < 0).long(), positions.clamp_min_(0)
-        return self.model(tokens, documents=documents, positions=positions, cache=self.cache)
+        hidden = self.model(tokens, documents=documents, positions=positions, cache=self.cache)
+        if self.cache is not None:
+            self.cache.begin_columns()  # which padding is not seen is known from here on
+        return hidden
 
     def append(self, tokens: Tensor) -> None:
         self.tokens[:, self.width] = tokens

@@ -90,14 +90,16 @@ class KVCache:
         if self.places is None:
             if list(rows) == list(range(self._held.shape[2])):
                 return None
-            self._begin_columns()
+            self.begin_columns()
         n_texts, each = self._seen.shape[:2]
         texts, more = [row // each for row in rows], len(rows) // n_texts
         kept = None
         if texts != [text for text in range(n_texts) for _ in range(more)]:
             kept = _texts_of_equally_many(texts)
-        self._seen = self._seen.flatten(0, 1)[list(rows)].unflatten(0, (n_texts if kept is None else len(kept), -1))
-        n = self._seen.shape[1]
+        groups = n_texts if kept is None else len(kept)
+        n = len(rows) // groups
+        index = torch.tensor(rows, device=self._held.device)
+        self._seen = self._seen.flatten(0, 1).index_select(0, index).view(groups, n, -1)
         if n != len(self._own):
             self._own = self._seen.new_full((n, n), -math.inf).fill_diagonal_(0)
         if kept is None:
@@ -109,7 +111,8 @@ class KVCache:
         self.places = self.places[index]
         return index
 
-    def _begin_columns(self) -> None:
+    def begin_columns(self) -> None:
+        """From here on rows go on token by token, as after a `select`: each sees its own past without `documents`."""
         n_texts, room = self._held.shape[2], self._held.shape[4]
         self._columns, self._most, device = self.length, room, self._held.device
         self._seen = self._held.new_full((n_texts, 1, room), -math.inf)

@@ -34,9 +34,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
-            return _rms_on_cpu(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        weight = self.weight
+        if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+            return _rms_on_cpu(x, weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
