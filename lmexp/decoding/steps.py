@@ -29,7 +29,7 @@ class Steps(Protocol):
         ...
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order; one may come several times."""
+        """Go on with these rows, in this order; one may come several times. Then the next token of each is written."""
         ...
 
 
@@ -60,9 +60,10 @@ def weights_for(model: Any, rows: int) -> Iterator[None]:
     """On a CPU, matrices are stored inside in the way in which so few rows are multiplied with them the fastest: by
     columns, and the head as oneDNN wants it. Larger models, whose matrices no cache holds, stay as they are."""
     looked_up = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+    writing = model.decoder if model.family == "encoder_decoder" else model  # an encoder reads many rows, once
     linears = [
         part
-        for part in model.modules()
+        for part in writing.modules()
         if isinstance(part, nn.Linear) and _is_plain(part.weight) and part.weight not in looked_up
     ]
     head = model.head if hasattr(model.head, "pack") and _is_plain(model.head.weight) else None
@@ -172,7 +173,6 @@ class _Answers:
         self.last = tokens
 
     def select(self, rows: Sequence[int]) -> None:
-        self.last = self.last[list(rows)]
         texts = self.cache.select(rows)
         if texts is None:
             return

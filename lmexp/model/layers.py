@@ -201,8 +201,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     if _short_on_cpu(q, k, v):
         return _attend_short((q[None], k[None], v[None]), seen, dropout, scale)
     if dropout == 0 and _few_on_cpu(q, k, v):
-        weights = _weights(q.flatten(0, 1), k.flatten(0, 1), q.shape[:2], seen, scale)
-        return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]).transpose(1, 2).flatten(2)
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        if seen.causal or seen.mask is not None:
+            scores += _as_added(seen, scores)
+        return (torch.softmax(scores, -1, out=scores) @ v).transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -323,14 +325,19 @@ def _weights(q: Tensor, k: Tensor, heads: Sequence[int], seen: Visible, scale: f
     """softmax(q k^T * scale), (B * H, T, S), of queries (B * H, T, E) and keys (B * H, S, E); `heads` (B, H)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
-    if seen.causal:
-        scores += scores.new_full(scores.shape[1:], -math.inf).triu(1)
-    elif seen.mask is not None:
-        mask = seen.mask
-        if mask.dtype == torch.bool:  # the same for all heads: a sum takes a third of the time of a fill
-            mask = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
-        scores.view(*heads, *scores.shape[1:]).add_(mask)
+    if seen.causal or seen.mask is not None:
+        scores.view(*heads, *scores.shape[1:]).add_(_as_added(seen, scores))
     return torch.softmax(scores, -1, out=scores)
+
+
+def _as_added(seen: Visible, scores: Tensor) -> Tensor:
+    """What is added to scores (..., T, S). A boolean mask is the same for all heads: to make a sum of it takes a third
+    of the time of a fill."""
+    if seen.mask is None:
+        return scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    if seen.mask.dtype != torch.bool:
+        return seen.mask
+    return torch.zeros(seen.mask.shape, dtype=scores.dtype).masked_fill_(~seen.mask, -math.inf)
 
 
 class _ShortAttention(torch.autograd.Function):
