@@ -81,8 +81,9 @@ def generate(
     An encoder-decoder reads the prompt and writes its answer, from `model.decoder_start_id` on.
 
     Each row is a pure function of its prompt, the seed and its number (`numbers`; None: 0, 1, ...), whichever rows
-    stand beside it. Each token is predicted from at most the last `model.max_length` ones; as long as these fit, from
-    cached keys and values. `vocab_size`: ids from there on (padding of the vocabulary) are never drawn.
+    stand beside it, up to the rounding of products of other sizes. Each token is predicted from at
+    most the last `model.max_length` ones; as long as these fit, from cached keys and values. `vocab_size`: ids from
+    there on (padding of the vocabulary) are never drawn.
     `on_token(row, token)` is called for each token as it comes, row by row. The model runs in evaluation mode and is
     left in the mode it was in.
     Raises `UserError` for an empty prompt.
@@ -189,7 +190,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, 
 
 def _likeliest(logits: Tensor) -> Tensor:
     """The place of each row's largest, the first of equals; NumPy's takes a CPU a seventh of the time of torch's."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(logits.detach().numpy().argmax(-1))
     return logits.argmax(-1)
 

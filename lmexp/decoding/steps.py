@@ -52,7 +52,7 @@ def without_gradients(model: Any) -> Any:
 
 
 _SMALL = 2**25
-"""Numbers in all matrices of a model, up to which another layout is soon repaid."""
+"""Numbers in the matrices that are stored anew, up to which that is soon repaid."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def weights_for(model: Any, rows: int) -> Iterator[None]:
     """On a CPU, matrices are stored inside in the way in which so few rows are multiplied with them the fastest: by
     columns, and the head as oneDNN wants it. Larger models, whose matrices no cache holds, stay as they are."""
     looked_up = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
-    writing = model.decoder if model.family == "encoder_decoder" else model  # an encoder reads many rows, once
+    writing = getattr(model, "decoder", model)  # what an encoder reads are many rows, once
     linears = [
         part
         for part in writing.modules()

@@ -225,12 +225,18 @@ class AutoModel(nn.Module):
 class Past:
     """What Transformers keeps of the positions seen so far, or, for models that keep nothing, these themselves."""
 
+    places: None = None
+    """A `KVCache`'s, once its rows have columns of their own; these never do."""
+
     def __init__(self, device: torch.device) -> None:
         self.device, self.length = device, 0
         self.past: Any = None
         self.mask: Tensor | None = None
         self.tokens: Tensor | None = None
         self.positions: Tensor | None = None
+
+    def begin_columns(self) -> None:
+        """As a `KVCache`'s; here the mask goes on to be joined."""
 
     def select(self, rows: Sequence[int]) -> Tensor:
         """As a `KVCache`'s; each row has a text of its own."""

@@ -20,7 +20,7 @@ class KVCache:
     Rows that go on from the same text, as those of a beam search do, share its cache: what each of them writes stands
     in a column of its own, and each sees those of its own past. So a `select` moves keys and values only where texts
     leave, and what rows have in common is kept, and read, once. Columns that no row of their text sees any more are
-    left behind when there is no room.
+    left behind now and then.
     """
 
     def __init__(
@@ -29,11 +29,12 @@ class KVCache:
         """Room for `length` positions of `batch` sequences."""
         self._hold(torch.empty(2, n_layers, batch, n_heads, length, d_head, device=device, dtype=dtype))
         self.documents: Tensor | None = None
-        """Of the positions, (B, S), where they were given and no row was selected yet."""
+        """Of the positions, (B, S), where they were given and rows have no columns of their own yet."""
         self.length = 0
         """Positions of each row."""
         self.places: Tensor | None = None
-        """The position of each column, (G, at least S); None: no row was selected yet, positions are columns."""
+        """The position of each column, (G, at least S), once rows have columns of their own (`begin_columns`,
+        `select`); None: positions are columns."""
         self._columns = 0
         self._most = 0  # columns, before some are left behind
         self._seen: Tensor  # (G, R, at least S), 0 or minus infinity: what is added to a row's scores
@@ -129,7 +130,7 @@ class KVCache:
     def columns(self) -> Tensor:
         """What is added to the scores of each row's next position, (G, 1, R, S): it sees its own past and itself.
 
-        Called before the position is stored in any layer, once rows were selected.
+        Called before the position is stored in any layer, once rows have columns of their own.
         """
         assert self.places is not None
         if self._columns + len(self._own) > self._most:
@@ -146,9 +147,9 @@ class KVCache:
         some = (self._seen[:, :, : self._columns] == 0).any(1)  # (G, S)
         n = int(some.sum(1).max())
         kept = some.byte().sort(dim=1, descending=True, stable=True).indices[:, :n]  # behind them those that fill up
-        room = max(n + _MORE * each, old.shape[4])
-        if room > old.shape[4]:
-            room += _MORE * each
+        most, room = n + max(_MORE * each, n // 4), old.shape[4]
+        if most > room:
+            room = most + _MORE * each
             self._hold(old.new_empty(*old.shape[:4], room, old.shape[5]))
         # as rows of numbers, which are gathered in one go
         starts = torch.arange(old.shape[:4].numel(), device=old.device).view(*old.shape[:4], 1) * old.shape[4]
@@ -158,11 +159,11 @@ class KVCache:
         seen, places = self._seen.new_full((n_texts, each, room), -math.inf), self.places.new_zeros(n_texts, room)
         seen[:, :, :n] = self._seen.gather(2, kept[:, None].expand(-1, each, -1))
         places[:, :n] = self.places.gather(1, kept)
-        self._seen, self.places, self._columns, self._most = seen, places, n, n + _MORE * each
+        self._seen, self.places, self._columns, self._most = seen, places, n, most
 
 
 _MORE = 8
-"""Positions of each row that a cache makes room for when it is full."""
+"""Positions of each row, at least, until columns are left behind again: few, as attention reads them all."""
 
 
 def _texts_of_equally_many(texts: Sequence[int]) -> list[int]:
@@ -191,9 +192,10 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def visible(tokens: Tensor, documents: Tensor | None, cache: KVCache | None, prefix: Tensor | None = None) -> Visible:
     """Each position sees itself and those before it, with `documents` (B, T) only those of its own document.
 
-    With a cache the new positions stand at the right of the cached ones, whose documents it remembers; once rows of it
-    were selected, `documents` are not looked at: new ones belong to the last. The first `prefix` (B,) positions of a
-    row see one another both ways (Raffel et al. 2020, section 3.2.1); not with a cache that holds something already.
+    With a cache the new positions stand at the right of the cached ones, whose documents it remembers; once rows
+    have columns of their own, `documents` are not looked at: new ones belong to the last. The first `prefix` (B,)
+    positions of a row see one another both ways (Raffel et al. 2020, section 3.2.1); not with a cache that holds
+    something already.
     """
     if cache is not None and cache.places is not None:
         return Visible(cache.columns(), causal=False)

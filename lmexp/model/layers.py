@@ -6,10 +6,10 @@ D model width, V vocabulary, N positions of all sequences.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
     return (y if weight is None else y.mul_(weight)), scale
 
 
-@cache
+@functools.cache
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """() on the CPU; to make one costs a small tensor's norm a quarter of its time."""
     with torch.inference_mode(False):
@@ -201,9 +201,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, dropout: float = 0.0,
     if _short_on_cpu(q, k, v):
         return _attend_short((q[None], k[None], v[None]), seen, dropout, scale)
     if dropout == 0 and _few_on_cpu(q, k, v):
-        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        scale = _scale(q, scale)
+        scores = (q if scale == 1 else q * scale) @ k.mT
         if seen.causal or seen.mask is not None:
-            scores += _as_added(seen, scores)
+            scores += _as_added(seen.mask, scores)
         return (torch.softmax(scores, -1, out=scores) @ v).transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
         q,
@@ -238,9 +239,10 @@ def attend_behind(
     (B, T, H * E)."""
     if cache is None:
         return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, scale=scale)
-    lined = (cache.by_text(x).transpose(1, 2) for x in (q, k, v))  # (G, H or K, R * T, E)
-    mixed = attend(next(lined), *cache.append(layer, *lined), seen, scale=scale)
-    return mixed.view(*q.shape[:2], mixed.shape[-1])
+    shape = q.shape
+    q, k, v = (cache.by_text(x).transpose(1, 2) for x in (q, k, v))  # (G, H or K, R * T, E)
+    mixed = attend(q, *cache.append(layer, k, v), seen, scale=scale)
+    return mixed.view(*shape[:2], mixed.shape[-1])
 
 
 def attend_to_memory(
@@ -316,28 +318,23 @@ def _few_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _attend_short(parts: Sequence[Tensor], seen: Visible, dropout: float, scale: float | None) -> Tensor:
-    mixed = _ShortAttention.apply(seen.mask, seen.causal, scale, dropout, *parts)
+    mixed = _ShortAttention.apply(seen.mask, seen.causal, _scale(parts[0], scale), dropout, *parts)
     assert isinstance(mixed, Tensor)
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _weights(q: Tensor, k: Tensor, heads: Sequence[int], seen: Visible, scale: float | None) -> Tensor:
-    """softmax(q k^T * scale), (B * H, T, S), of queries (B * H, T, E) and keys (B * H, S, E); `heads` (B, H)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
-    if seen.causal or seen.mask is not None:
-        scores.view(*heads, *scores.shape[1:]).add_(_as_added(seen, scores))
-    return torch.softmax(scores, -1, out=scores)
+def _scale(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
-def _as_added(seen: Visible, scores: Tensor) -> Tensor:
-    """What is added to scores (..., T, S). A boolean mask is the same for all heads: to make a sum of it takes a third
-    of the time of a fill."""
-    if seen.mask is None:
+def _as_added(mask: Tensor | None, scores: Tensor) -> Tensor:
+    """What is added to scores (..., T, S); without a mask nothing later is seen. A boolean one is the same for all
+    heads: to make a sum of it takes a third of the time of a fill."""
+    if mask is None:
         return scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    if seen.mask.dtype != torch.bool:
-        return seen.mask
-    return torch.zeros(seen.mask.shape, dtype=scores.dtype).masked_fill_(~seen.mask, -math.inf)
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -350,17 +347,17 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, mask: Tensor | None, causal: bool, scale: float | None, dropout: float, *parts: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, mask: Tensor | None, causal: bool, scale: float, dropout: float, *parts: Tensor) -> Tensor:
         lined = [x.flatten(1, 2) for x in parts]  # (n, B * H, T or S, E)
         q, k, v = (x for part in lined for x in part)
         heads = parts[0].shape[1:3]
-        weights = _weights(q, k, heads, Visible(mask, causal), scale)
+        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+        if causal or mask is not None:
+            scores.unflatten(0, heads).add_(_as_added(mask, scores))
+        weights = torch.softmax(scores, -1, out=scores)
         kept = _kept(weights.shape, dropout, weights.dtype) if dropout else None
         ctx.save_for_backward(weights, kept, *lined)
-        ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        ctx.heads, ctx.mask_shape = heads, None if mask is None else mask.shape
+        ctx.scale, ctx.heads, ctx.mask_shape = scale, heads, None if mask is None else mask.shape
         return torch.bmm(weights if kept is None else weights * kept, v).unflatten(0, heads)
 
     @staticmethod
@@ -397,9 +394,9 @@ def recorded_attention() -> Iterator[list[Tensor]]:
 
 
 def _attention_weights(q: Tensor, k: Tensor, seen: Visible, scale: float | None) -> Tensor:
-    """softmax(q k^T * scale) (B, H, T, S), which `attend` itself never holds."""
+    """softmax(q k^T * scale) (B, H, T, S), which `attend` need not hold."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q.detach() @ k.detach().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q.detach() @ k.detach().mT * _scale(q, scale)
     if seen.mask is not None:
         scores = scores.masked_fill(~seen.mask, -torch.inf) if seen.mask.dtype == torch.bool else scores + seen.mask
     elif seen.causal:
@@ -435,19 +432,20 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), at least float32, of hidden states (..., D)."""
-        if self.packed is None:
+        if self.packed is None or torch.compiler.is_compiling():
             return _logits(hidden, self.weight, self.bias, self.softcap)
         logits: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
         return _capped(logits, self.softcap)
 
     def pack(self, rows: int) -> None:
         """Multiply with another layout of the weight, which is the fastest for so many rows and is not to be changed
-        meanwhile, until `packed` is None. Without gradients; float32 on CPUs, for all else nothing is done."""
+        meanwhile, until `packed` is None. Without gradients; whole float32 on CPUs, for all else nothing is done."""
         if (
             torch.backends.mkldnn.is_available()
             and self.weight.device.type == "cpu"
             and self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
+            and torch.get_float32_matmul_precision() == "highest"
         ):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
 

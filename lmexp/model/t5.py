@@ -236,6 +236,8 @@ class T5Cache(CrossCache):
     """And the `decoder_positions` of what it holds, (B, U), if they were given."""
 
     positions: Tensor | None = None
+    past: Tensor | None = None
+    """What `RelativeBias.past` gives, once they go on token by token."""
 
     def select(self, rows: Sequence[int]) -> Tensor | None:
         assert self.positions is None, "rows that are selected have no positions of their own"
@@ -264,17 +266,21 @@ class Stack(nn.Module):
         length = x.shape[1]
         start = 0 if cache is None else cache.length
         keys = positions
-        if cache is not None and cache.places is not None:  # selected rows: whatever column they stand in
-            assert seen.mask is not None
-            keys = cache.places[:, : seen.mask.shape[-1]]
-            positions = torch.full_like(keys[:, :1], start)
-        elif cache is not None and positions is not None:
+        if cache is not None and positions is not None:
             assert start == 0 or cache.positions is not None, "the cached tokens were given no positions"
             keys = positions if cache.positions is None else torch.cat((cache.positions, positions), 1)
             cache.positions = keys
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        scores = self.bias(start, length, positions, keys)  # the same for all layers, made once
+        past = None
+        if cache is not None and length == 1 and positions is None:  # token by token
+            past = cache.past = self.bias.past() if cache.past is None else cache.past
+            if cache.places is None:
+                keys = torch.arange(start + 1, device=x.device)[None]
+            else:  # selected rows: keys may stand in any column
+                assert seen.mask is not None
+                keys = cache.places[:, : seen.mask.shape[-1]]
+        scores = self.bias(start, length, positions, keys, past)  # the same for all layers, made once
         seen = _add_bias(seen, scores, dtype)
         x = dropped(x, self.dropout, self.training)
         for block in self.blocks:
@@ -325,9 +331,20 @@ class RelativeBias(nn.Module):
         bucket = self.buckets[distance.clamp_max(self.max_distance)]
         return bucket + self.each * (relative > 0) if self.both_ways else bucket
 
-    def forward(self, start: int, length: int, positions: Tensor | None, keys: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        start: int,
+        length: int,
+        positions: Tensor | None,
+        keys: Tensor | None,
+        past: Tensor | None = None,
+    ) -> Tensor:
         """(1, H, T, K) for queries `start`, ..., `start + length - 1` and keys from 0 on, or (B, H, T, K) for queries
-        at `positions` (B, T) and keys at `keys` (B, K)."""
+        at `positions` (B, T) and keys at `keys` (B, K), or (B, H, 1, K) for a query at `start` and keys at `keys`, none
+        of which is later, looked up in what `past` gave."""
+        if past is not None:
+            assert keys is not None
+            return F.embedding((start - keys).clamp_max(self.max_distance), past).permute(0, 2, 1)[:, :, None]
         if positions is not None and keys is not None:
             relative = keys[:, None, :] - positions[:, :, None]  # (B, T, K)
             bias: Tensor = self.table(self.bucket(relative)).permute(0, 3, 1, 2)
@@ -337,6 +354,11 @@ class RelativeBias(nn.Module):
         relative = torch.arange(1 - end, length, device=self.table.weight.device)
         windows: Tensor = self.table(self.bucket(relative)).T.unfold(-1, end, 1)  # (H, T, K), the last query first
         return windows.flip(1)[None]
+
+    def past(self) -> Tensor:
+        """Of a query's own position, of the one before it, and so on up to `max_distance`, (max_distance + 1, H)."""
+        past: Tensor = self.table(self.bucket(-torch.arange(self.max_distance + 1, device=self.table.weight.device)))
+        return past
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmexp.contracts import UserError
-from lmexp.decoding.beam import Beam, beam_search
+from lmexp.decoding.beam import Beam, _top, beam_search
 from lmexp.decoding.generate import Sampling, generate
 from lmexp.decoding.steps import Constraints, completions
 from lmexp.huggingface.bart import Bart
@@ -166,6 +166,17 @@ def test_min_p_keeps_what_is_likely_enough() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     probabilities, _ = distribution(logits, Sampling(min_p=0.3))
     torch.testing.assert_close(probabilities, torch.tensor([[0.5, 0.3, 0.15, 0.0]]) / 0.95)
+
+
+@pytest.mark.parametrize("width", [640, 700, 5000])
+@pytest.mark.parametrize("kept", [1.0, 0.002], ids=["all", "few"])
+def test_the_largest_of_a_row_are_those_of_topk(width: int, kept: float) -> None:
+    x = torch.randn(7, width).round(decimals=2)  # with equals
+    x[torch.rand_like(x) > kept] = -torch.inf
+    values, places = _top(x, 2)
+    assert values == x.topk(2).values.tolist()
+    assert values == x.gather(1, torch.tensor(places)).tolist()
+    assert all(len(set(row)) == 2 for row in places)
 
 
 def test_completions_of_repeated_pieces() -> None:

@@ -10,7 +10,9 @@ from lmexp.decoding.generate import Sampling, distribution, generate, next_token
 from lmexp.decoding.steps import weights_for
 from lmexp.model.fast import FastConfig
 from lmexp.model.gpt import GPTConfig
+from lmexp.model.layers import Head
 from lmexp.model.llama import LlamaConfig
+from lmexp.model.t5 import T5Config
 
 MODELS = {
     "gpt": GPTConfig(n_layers=2, n_heads=2, d_model=16, max_length=16, vocab_multiple=16),
@@ -169,3 +171,32 @@ def test_weights_are_stored_as_before_afterwards() -> None:
         assert torch.equal(p, value)
     assert model.head.packed is None
     model.head(model(tokens)).sum().backward()
+
+
+def test_only_the_half_that_writes_is_stored_anew() -> None:
+    model: Any = T5Config(n_layers=1, n_heads=2, d_model=16, d_ff=24, max_length=32).build(50).eval()
+    with weights_for(model, 2):
+        assert model.decoder.blocks[0].mlp.expand.weight.stride() == (1, 24)
+        assert model.encoder.blocks[0].mlp.expand.weight.is_contiguous()
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert model.head.packed is None
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_logits_of_a_packed_head_are_its_own(rows: int) -> None:
+    head = Head(16, 70, bias=True, softcap=3.0)
+    torch.nn.init.normal_(head.weight)
+    hidden = torch.randn(rows, 16)
+    with torch.no_grad():
+        expected = head(hidden)
+        head.pack(4)
+        assert head.packed is not None
+        torch.testing.assert_close(head(hidden), expected)
+
+
+def test_what_is_not_float32_is_not_packed() -> None:
+    head = Head(16, 70)
+    with torch.autocast("cpu", torch.bfloat16):
+        head.pack(4)
+    head.double().pack(4)
+    assert head.packed is None

@@ -48,6 +48,29 @@ def test_attention_is_its_formula(heads, kv_heads, packed):
     torch.testing.assert_close(out, reference_attention(q, k, v, mask), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["none", "causal", "boolean", "added", "of each head"])
+@pytest.mark.parametrize("rows", [2, 7])
+def test_attention_of_few_queries_is_its_formula(rows, kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, rows, 8), *torch.randn(2, 3, 4, 7, 8)
+    allowed = (torch.rand(3, 4 if kind == "of each head" else 1, rows, 7) < 0.6) | torch.eye(rows, 7, dtype=torch.bool)
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
+    if kind == "none":
+        mask, allowed = None, torch.ones(rows, 7, dtype=torch.bool)
+    elif kind == "causal":
+        k, v = k[:, :, :rows], v[:, :, :rows]
+        mask, allowed = None, torch.ones(rows, rows, dtype=torch.bool).tril()
+    else:
+        mask = allowed if kind == "boolean" else added
+    with torch.inference_mode():
+        out = attend(q, k, v, Visible(mask, kind == "causal"))
+        single = attend(
+            q.double(), k.double(), v.double(), Visible(None if mask is None else allowed, kind == "causal")
+        )
+    torch.testing.assert_close(out, reference_attention(q, k, v, allowed), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.double(), single, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_whose_weights_are_dropped(masked):
     """Both ways with the mask that was drawn, against the formula; and the mean over draws is that without any."""
