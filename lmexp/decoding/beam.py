@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lmexp.contracts import UserError
@@ -119,31 +118,21 @@ _CHUNK = 64
 
 
 def _top(x: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-    """The k largest numbers of each row, falling, and their places.
-
-    On a CPU: they are in the k chunks with the largest maxima, or among the last few numbers, which are no chunk; to
-    look there alone, with NumPy, whose small steps cost less, takes a third of the time.
-    """
+    """The k largest numbers of each row, falling, and their places. They are in the k chunks with the largest maxima, or
+    among the last few numbers, which are no chunk; to look there alone takes a CPU a third to two thirds of the time."""
     n = x.shape[1] // _CHUNK
-    if n < 4 * k or x.device.type != "cpu":
-        best, places = x.topk(k)
-        return best.tolist(), places.tolist()
-    whole = n * _CHUNK
-    chunks, rest = x[:, :whole].view(len(x), n, _CHUNK), x.numpy()[:, whole:]
-    rows = np.arange(len(x))[:, None]
-    which = _some_of_largest(chunks.amax(-1).numpy(), k)
-    candidates = np.concatenate((chunks.numpy()[rows, which].reshape(len(x), -1), rest), 1)
-    at = (which[..., None] * _CHUNK + np.arange(_CHUNK)).reshape(len(x), -1)
-    at = np.concatenate((at, np.broadcast_to(np.arange(whole, x.shape[1]), rest.shape)), 1)
-    best_of = _some_of_largest(candidates, k)
-    values, found = candidates[rows, best_of], at[rows, best_of]
-    order = np.argsort(-values, axis=1, kind="stable")
-    return values[rows, order].tolist(), found[rows, order].tolist()
-
-
-def _some_of_largest(x: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The places of the k largest numbers of each row, in any order."""
-    return x.argpartition(x.shape[1] - k, axis=1)[:, -k:]
+    if n < 4 * k:
+        values, places = x.topk(k)
+        return values.tolist(), places.tolist()
+    chunks, rest = x[:, : n * _CHUNK].view(len(x), n, _CHUNK), x[:, n * _CHUNK :]
+    _, which = chunks.amax(-1).topk(k)
+    candidates = chunks.gather(1, which[..., None].expand(-1, -1, _CHUNK)).flatten(1)
+    at = (which[..., None] * _CHUNK + torch.arange(_CHUNK, device=x.device)).flatten(1)
+    if rest.shape[1]:
+        candidates = torch.cat((candidates, rest), 1)
+        at = torch.cat((at, torch.arange(n * _CHUNK, x.shape[1], device=x.device).expand_as(rest)), 1)
+    values, order = candidates.topk(k)
+    return values.tolist(), at.gather(1, order).tolist()
 
 
 def _is_done(beam: Beam, finished: list[tuple[float, list[int]]], best_running: float, length: int, most: int) -> bool:
