@@ -118,8 +118,9 @@ _CHUNK = 64
 
 
 def _top(x: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-    """The k largest numbers of each row, falling, and their places. They are in the k chunks with the largest maxima, or
-    among the last few numbers, which are no chunk; to look there alone takes a CPU a third to two thirds of the time."""
+    """The k largest numbers of each row, falling, and their places. They are in the k chunks with the largest maxima,
+    or among the last few numbers, which are no chunk; to look there alone takes a CPU a third to two thirds of it.
+    """
     n = x.shape[1] // _CHUNK
     if n < 4 * k:
         values, places = x.topk(k)
